@@ -1,0 +1,22 @@
+"""The ops of Kimi Linear: a PyTorch reference defines each, Triton kernels run on GPUs."""
+
+from kimi_kernels.causal_conv import causal_conv
+from kimi_kernels.dispatch import backend
+from kimi_kernels.gated_norm import gated_rms_norm
+from kimi_kernels.kda import chunk_kda, fused_kda, kda_gate, l2norm, recurrent_kda
+from kimi_kernels.mla import latent_attention
+from kimi_kernels.moe import expert_mlp, route
+
+__all__ = [
+    "backend",
+    "causal_conv",
+    "chunk_kda",
+    "expert_mlp",
+    "fused_kda",
+    "gated_rms_norm",
+    "kda_gate",
+    "l2norm",
+    "latent_attention",
+    "recurrent_kda",
+    "route",
+]

@@ -1,0 +1,92 @@
+"""Causal depthwise convolution with SiLU, the short convolution of KDA (TR section 4).
+
+    y_t = SiLU( sum_j weight[:, j] * x_{t - (W-1) + j} )        weight[:, W-1] meets the current
+    token
+
+What lies before the first token is the carried state: the last W-1 inputs, zeros at the start.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kimi_kernels.checks import (
+    accumulation_dtype,
+    check_like,
+    check_shape,
+    check_state,
+    sequence_bounds,
+)
+from kimi_kernels.dispatch import reference_only
+
+
+def causal_conv_ref(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, in fp32 or better. x [B, T, D], weight [D, W], state [B, W-1, D]."""
+    T, W = x.shape[1], weight.shape[1]
+    acc = accumulation_dtype(x.dtype)
+    xs = torch.cat((state, x), 1)  # [B, W-1+T, D]
+    y = sum(xs[:, j : j + T].to(acc) * weight[:, j].to(acc) for j in range(W))
+    return F.silu(y).to(x.dtype), xs[:, T:]
+
+
+def causal_conv(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Causal depthwise convolution and SiLU over several projections at once.
+
+    The projections are taken as they lie in memory (KDA has three, for q, k and v), so nobody has
+    to concatenate or transpose them.
+
+    Args:
+        xs: tensors `[B, T, D_i]` of one dtype; bf16, fp16, fp32 or fp64.
+        weight: `[D, W]` with D = sum of D_i, W >= 2; row order as `xs`. Any float dtype.
+        initial_state: the W-1 inputs before the first token, oldest first, `[N, W-1, D]` in the
+            dtype of `xs`; N = B, or the number of packed sequences. Default zeros. It is not
+            modified.
+        output_final_state: also return the last W-1 inputs of each sequence.
+        cu_seqlens: `[N+1]` int32 or int64, ends of the sequences packed into one row (B = 1).
+
+    Returns:
+        Outputs `[B, T, D_i]` in the dtype of `xs`, and the state `[N, W-1, D]` or None.
+        Differentiable in `xs`, `weight` and `initial_state`.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or cu_seqlens that does not go from 0 up to T.
+    """
+    if not xs or any(x.ndim != 3 for x in xs):
+        raise ValueError(
+            f"xs has shapes {[list(x.shape) for x in xs]}, want one or more [B, T, D_i]"
+        )
+    B, T = xs[0].shape[:2]
+    for i, x in enumerate(xs):
+        check_shape(f"xs[{i}]", x, B, T, x.shape[-1])
+        check_like(f"xs[{i}]", x, "xs[0]", xs[0])
+    sizes = [x.shape[-1] for x in xs]
+    D = sum(sizes)
+    if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] < 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}, want [{D}, W] with W >= 2")
+    W = weight.shape[1]
+    bounds = sequence_bounds(cu_seqlens, xs[0])
+    N = B if bounds is None else len(bounds)
+    check_state("initial_state", initial_state, xs[0], xs[0].dtype, N, W - 1, D)
+    reference_only("causal_conv")
+
+    x = torch.cat(tuple(xs), -1)
+    state = x.new_zeros(N, W - 1, D) if initial_state is None else initial_state
+    if bounds is None:
+        y, state = causal_conv_ref(x, weight, state)
+    else:
+        parts = [
+            causal_conv_ref(x[:, start:end], weight, state[n : n + 1])
+            for n, (start, end) in enumerate(bounds)
+        ]
+        y = torch.cat([p[0] for p in parts], 1)
+        state = torch.cat([p[1] for p in parts])
+    return y.split(sizes, -1), state if output_final_state else None

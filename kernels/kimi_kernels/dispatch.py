@@ -1,0 +1,59 @@
+"""Which implementation runs, the Triton kernel or the PyTorch reference. Decided only here."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be auto, triton or reference, got {name!r}")
+    return name
+
+
+_backend = _checked(os.environ.get("KIMI_KERNELS_BACKEND", "auto"), "KIMI_KERNELS_BACKEND")
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether `x` goes through the Triton kernel: on `auto`, exactly when it is on a CUDA GPU.
+
+    Raises:
+        ValueError: `triton` is forced where it cannot run.
+    """
+    if _backend != "triton":
+        return _backend == "auto" and x.is_cuda and HAS_TRITON
+    if not HAS_TRITON:
+        raise ValueError("backend is triton, but the triton package is not installed")
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend is triton, but the input is on {x.device}: want a CUDA tensor, "
+            "or TRITON_INTERPRET=1 set before the first import"
+        )
+    return True
+
+
+def reference_only(op: str) -> None:
+    """For an op that has no Triton kernel.
+
+    Raises:
+        ValueError: `triton` is forced.
+    """
+    if _backend == "triton":
+        raise ValueError(f"backend is triton, but {op} has no Triton kernel: use auto or reference")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one implementation inside a `with` block: `auto`, `triton` or `reference`."""
+    global _backend
+    previous, _backend = _backend, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _backend = previous

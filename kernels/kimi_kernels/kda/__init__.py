@@ -1,0 +1,165 @@
+"""Kimi Delta Attention: the public ops. README.md beside this file derives what they compute."""
+
+from torch import Tensor
+
+from kimi_kernels.checks import (
+    accumulation_dtype,
+    check_like,
+    check_shape,
+    check_state,
+    sequence_bounds,
+)
+from kimi_kernels.dispatch import reference_only
+from kimi_kernels.kda.gate import kda_gate, l2norm
+from kimi_kernels.kda.reference import Form, chunk_form, kda_ref, recurrent_form
+
+__all__ = ["chunk_kda", "fused_kda", "kda_gate", "l2norm", "recurrent_kda"]
+
+RECURRENT_BELOW = 16  # tokens: under it the token loop costs less than one padded chunk of 64
+
+
+def _check(q, k, v, g, beta, names, initial_state, cu_seqlens) -> None:
+    g_name, beta_name = names
+    for name, x, ndim in (
+        ("q", q, 4),
+        ("k", k, 4),
+        ("v", v, 4),
+        (g_name, g, 4),
+        (beta_name, beta, 3),
+    ):
+        if x.ndim != ndim:
+            want = "[B, T, H, K]" if ndim == 4 else "[B, T, H]"
+            raise ValueError(f"{name} has shape {list(x.shape)}, want {want}")
+    if not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}, want a floating-point dtype")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    check_shape("k", k, B, T, H, K)
+    check_shape("v", v, B, T, HV, V)
+    if H == 0 or HV % H:
+        raise ValueError(f"v has {HV} heads, want a multiple of the {H} heads of q and k")
+    check_shape(g_name, g, B, T, HV, K)
+    check_shape(beta_name, beta, B, T, HV)
+    for name, x in (("k", k), ("v", v)):
+        check_like(name, x, "q", q)
+    for name, x in ((g_name, g), (beta_name, beta)):
+        if not x.is_floating_point() or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, want floats on {q.device} as q")
+    bounds = sequence_bounds(cu_seqlens, q)
+    N = B if bounds is None else len(bounds)
+    check_state("initial_state", initial_state, q, accumulation_dtype(q.dtype), N, HV, K, V)
+
+
+def _run(form: Form, name, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
+    _check(q, k, v, g, beta, ("g", "beta"), initial_state, cu_seqlens)
+    reference_only(name)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, S = kda_ref(form, q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    return o, S if output_final_state else None
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi Delta Attention in chunks of 64 tokens (arXiv 2510.26692, eqs. 1 and 6-9).
+
+        S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,  o_t = scale S_t^T
+        q_t
+
+    Exact for every gate: nothing overflows, whatever the decay within a chunk. Strictly causal.
+
+    Args:
+        q, k: `[B, T, H, K]`, used as they come (`fused_kda` normalises them). bf16, fp16, fp32,
+        fp64.
+        v: `[B, T, HV, V]`, HV a multiple of H: value head h reads query/key head h // (HV / H).
+        g: log-decay per key channel, natural log, <= 0, `[B, T, HV, K]`. -inf resets a channel.
+        beta: write strength after its sigmoid, `[B, T, HV]`.
+        scale: of q; default `K**-0.5`.
+        initial_state: S before the first token, `[N, HV, K, V]`, fp32 (fp64 for fp64 inputs);
+            N = B, or the number of packed sequences. Default zeros. It is not modified.
+        output_final_state: also return S after the last token of each sequence.
+        cu_seqlens: `[N+1]` int32 or int64, ends of the sequences packed into one row (B = 1);
+            empty sequences are allowed and hand their initial state on.
+
+    Returns:
+        o `[B, T, HV, V]` in `v.dtype`, and S `[N, HV, K, V]` in fp32 (fp64), or None. Both
+        differentiable in q, k, v, g, beta and initial_state.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or cu_seqlens that does not go from 0 up to T.
+    """
+    args = (scale, initial_state, output_final_state, cu_seqlens)
+    return _run(chunk_form, "chunk_kda", q, k, v, g, beta, *args)
+
+
+def recurrent_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_kda` token by token: the same arguments, results and errors. For decoding."""
+    args = (scale, initial_state, output_final_state, cu_seqlens)
+    return _run(recurrent_form, "recurrent_kda", q, k, v, g, beta, *args)
+
+
+def fused_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    lower_bound: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The op of the model: `chunk_kda` on raw projections, with the activations inside.
+
+        q, k <- l2norm(q), l2norm(k)        g = -exp(A_log) softplus(f + dt_bias)  (TR section 4)
+        beta = sigmoid(b)                   or lower_bound sigmoid(exp(A_log) (f + dt_bias))
+
+    Args:
+        q, k: `[B, T, H, K]` after the convolution. bf16, fp16, fp32 or fp64.
+        v: `[B, T, HV, V]`, HV a multiple of H.
+        f: gate projection, `[B, T, HV, K]`.
+        b: logits of beta, `[B, T, HV]`.
+        A_log: `[HV]`, fp32.
+        dt_bias: `[HV * K]`, head-major, fp32.
+        lower_bound: of the gate, finite and < 0; None (the released checkpoint) is unbounded.
+        initial_state, output_final_state, cu_seqlens: as in `chunk_kda`.
+
+    Returns:
+        o `[B, T, HV, V]` in `v.dtype`, and S `[N, HV, K, V]` in fp32 (fp64), or None.
+        Differentiable in every tensor.
+
+    Raises:
+        ValueError: as `chunk_kda`, and for A_log, dt_bias or lower_bound.
+    """
+    _check(q, k, v, f, b, ("f", "b"), initial_state, cu_seqlens)
+    reference_only("fused_kda")
+    acc = accumulation_dtype(q.dtype)
+    g = kda_gate(f.to(acc), A_log, dt_bias, lower_bound)
+    form = recurrent_form if q.shape[1] < RECURRENT_BELOW else chunk_form
+    qn, kn, beta = l2norm(q.to(acc)), l2norm(k.to(acc)), b.to(acc).sigmoid()
+    scale = q.shape[-1] ** -0.5
+    o, S = kda_ref(form, qn, kn, v.to(acc), g, beta, scale, initial_state, cu_seqlens)
+    return o.to(v.dtype), S if output_final_state else None

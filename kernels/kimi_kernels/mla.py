@@ -1,0 +1,117 @@
+"""Multi-head latent attention without positional encoding (MLA, NoPE).
+
+A token leaves behind one latent [c | k_r] of R + P numbers, shared by all heads: c is expanded per
+head into a key part and a value, k_r is the rest of the key as it is.
+
+    k_h = [W_k,h c | k_r],  v_h = W_v,h c           [D_n + P], [D_v]
+    o_h = softmax(scale q_h k_h^T) v_h
+
+Two equal forms. Expanded: build k and v of every head, then ordinary attention. Absorbed: move W_k
+into the query and W_v behind the softmax, so that all heads attend to the latents themselves,
+
+    q_h k_h^T = [W_k,h^T q_n | q_r] [c | k_r]^T     o_h = W_v,h (softmax(...) c)
+
+which reads R + P numbers per past token for all heads together. It needs more arithmetic per pair
+and
+none per past token: the right form for few queries.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kimi_kernels.checks import check_like, check_shape, sequence_bounds
+from kimi_kernels.dispatch import reference_only
+
+
+def absorbed_is_cheaper(T: int, R: int, P: int, D_n: int, D_v: int) -> bool:
+    """Compare multiplications per past token and head: T queries absorbed against expanded."""
+    return R * (D_n + D_v) + T * (D_n + P + D_v) > T * (R + P + R)
+
+
+def _expanded(q, latent, w_kv, R, scale, mask) -> Tensor:
+    """q [B, T, H, D_n+P], latent [B, S, R+P], w_kv [H, D_n+D_v, R], mask [B, T, S] or causal."""
+    H, P = q.shape[2], latent.shape[-1] - R
+    D_n = q.shape[-1] - P
+    kv = torch.einsum("bsr,hdr->bhsd", latent[..., :R], w_kv)
+    k_r = latent[:, None, :, R:].expand(-1, H, -1, -1)
+    k, v = torch.cat((kv[..., :D_n], k_r), -1), kv[..., D_n:]
+    mask = None if mask is None else mask[:, None]
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+    ).transpose(1, 2)
+
+
+def _absorbed(q, latent, w_kv, R, scale, mask) -> Tensor:
+    """As `_expanded`, with a mask always."""
+    D_n = q.shape[-1] - (latent.shape[-1] - R)
+    q_c = torch.einsum("bthd,hdr->bthr", q[..., :D_n], w_kv[:, :D_n])
+    s = torch.einsum("bthr,bsr->bhts", torch.cat((q_c, q[..., D_n:]), -1), latent).float() * scale
+    p = s.masked_fill(~mask[:, None], -torch.inf).softmax(-1).to(latent.dtype)
+    o_c = torch.einsum("bhts,bsr->bthr", p, latent[..., :R])
+    return torch.einsum("bthr,hdr->bthd", o_c, w_kv[:, D_n:])
+
+
+def latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    w_kv: Tensor,
+    *,
+    scale: float,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of T queries to S latents; few queries take the absorbed form.
+
+    Args:
+        q: queries, `[B, T, H, D_n + P]`; bf16, fp16, fp32 or fp64.
+        latent: `[B, S, R + P]`: normalised c, then k_r. Same dtype.
+        w_kv: `kv_b_proj.weight`, `[H * (D_n + D_v), R]`, per head D_n key rows, then D_v value
+        rows.
+        scale: of the scores; the model uses `(D_n + P) ** -0.5`.
+        positions: index of the last latent that each query sees, `[B, T]` int64. Default: the
+            queries are the last T of S tokens.
+        cu_seqlens: `[N+1]` int32 or int64, ends of the sequences packed into one row (B = 1, S =
+            T); not with `positions`.
+
+    Returns:
+        `[B, T, H, D_v]` in `q.dtype`. Differentiable in `q`, `latent` and `w_kv`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    if q.ndim != 4 or latent.ndim != 3 or w_kv.ndim != 2:
+        shapes = [list(x.shape) for x in (q, latent, w_kv)]
+        raise ValueError(
+            f"q, latent, w_kv have shapes {shapes}, want [B, T, H, D], [B, S, R+P], [H*(Dn+Dv), R]"
+        )
+    (B, T, H, D), (_, S, L), R = q.shape, latent.shape, w_kv.shape[1]
+    check_shape("latent", latent, B, S, L)
+    check_like("latent", latent, "q", q)
+    check_like("w_kv", w_kv, "q", q)
+    P, per_head = L - R, w_kv.shape[0] // H
+    if P < 0 or D <= P or w_kv.shape[0] % H or per_head <= D - P:
+        raise ValueError(
+            f"w_kv has shape {list(w_kv.shape)}, which does not fit {H} heads of {D} query dims "
+            f"and latents of {L}: want [H*(Dn+Dv), R] with Dn = {D} - ({L} - R) > 0 and Dv > 0"
+        )
+    if positions is not None:
+        check_shape("positions", positions, B, T)
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens cannot be combined with positions")
+    elif S < T or (cu_seqlens is not None and S != T):
+        raise ValueError(f"latent has {S} tokens, want at least the {T} of q, and {T} when packed")
+    bounds = sequence_bounds(cu_seqlens, q)
+    reference_only("latent_attention")
+
+    w = w_kv.view(H, per_head, R)
+    if bounds is not None:
+        parts = [_expanded(q[:, a:b], latent[:, a:b], w, R, scale, None) for a, b in bounds]
+        return torch.cat(parts, 1)
+    if positions is None:
+        if S == T:
+            return _expanded(q, latent, w, R, scale, None)
+        positions = torch.arange(S - T, S, device=q.device).expand(B, T)
+    mask = torch.arange(S, device=q.device) <= positions[..., None]  # [B, T, S]
+    form = _absorbed if absorbed_is_cheaper(T, R, P, D - P, per_head - D + P) else _expanded
+    return form(q, latent, w, R, scale, mask)

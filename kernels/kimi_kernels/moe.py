@@ -1,0 +1,122 @@
+"""Mixture of experts: routing and the routed experts (FACTS of the released model: 256 experts, top
+8).
+
+s = sigmoid(logits)                      selection on s + bias, weights from the unbiased s
+y = sum_{e in top k} w_e down_e( SiLU(gate_e x) * up_e x )
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kimi_kernels.checks import accumulation_dtype, check_like, check_shape
+from kimi_kernels.dispatch import reference_only
+
+RENORM_EPS = 1e-20
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor,
+    top_k: int,
+    *,
+    n_group: int = 1,
+    topk_group: int = 1,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts per token and weigh them (DeepSeek-V3 routing with sigmoid scores).
+
+    With more than one group a token first keeps the `topk_group` groups whose two best biased
+    scores sum highest, then chooses among their experts.
+
+    Args:
+        logits: `[T, E]`, fp32 or fp64.
+        bias: `e_score_correction_bias`, `[E]`: moves the choice, never the weights. No gradient.
+        top_k: experts per token.
+        n_group, topk_group: number of equal groups of experts, and how many a token may use.
+        renormalize: divide the chosen scores by their sum (+1e-20).
+        scale: `routed_scaling_factor`, multiplied in last.
+
+    Returns:
+        weights `[T, top_k]` in `logits.dtype`, differentiable in `logits`, and expert indexes
+        `[T, top_k]` int64. The order of the chosen experts is not defined.
+
+    Raises:
+        ValueError: shapes, dtypes or counts that do not fit together.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits has shape {list(logits.shape)}, want [T, E]")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logits is {logits.dtype}, want float32 or float64")
+    T, E = logits.shape
+    check_shape("bias", bias, E)
+    if n_group < 1 or E % n_group:
+        raise ValueError(f"n_group is {n_group}, want a divisor of the {E} experts")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"topk_group is {topk_group}, want 1..{n_group}")
+    if not 1 <= top_k <= E // n_group * topk_group:
+        raise ValueError(f"top_k is {top_k}, want 1..{E // n_group * topk_group}")
+    if n_group > 1 and E // n_group < 2:
+        raise ValueError(f"n_group is {n_group}, want at least 2 of the {E} experts per group")
+    reference_only("route")
+
+    scores = logits.sigmoid()
+    choice = scores.detach() + bias.detach()
+    if n_group > 1:
+        grouped = choice.view(T, n_group, -1)
+        best = grouped.topk(2, -1).values.sum(-1).topk(topk_group, -1).indices
+        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
+        choice = grouped.masked_fill(closed[..., None], -torch.inf).view(T, E)
+    index = choice.topk(top_k, -1).indices
+    weights = scores.gather(1, index)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + RENORM_EPS)
+    return weights * scale, index
+
+
+def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The routed experts' SwiGLU and their weighted sum.
+
+    Args:
+        x: tokens, `[T, D]`; bf16, fp16, fp32 or fp64.
+        gate_up: `[E, 2F, D]`, gate rows first, same dtype as `x`.
+        down: `[E, D, F]`, same dtype.
+        index: experts of each token, `[T, k]` int64. An index of E or more contributes nothing (how
+            expert-parallel plans mark experts of other ranks).
+        weights: `[T, k]`, any float dtype; the sum is taken in fp32 or better and rounded once.
+
+    Returns:
+        `[T, D]` in `x.dtype`. Differentiable in `x`, `gate_up`, `down` and `weights`.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+    """
+    if x.ndim != 2 or gate_up.ndim != 3:
+        raise ValueError(
+            f"x has shape {list(x.shape)} and gate_up {list(gate_up.shape)}, "
+            "want [T, D] and [E, 2F, D]"
+        )
+    (T, D), (E, F2, _) = x.shape, gate_up.shape
+    check_shape("gate_up", gate_up, E, F2, D)
+    check_shape("down", down, E, D, F2 // 2)
+    check_shape("index", index, T, index.shape[-1])
+    check_shape("weights", weights, *index.shape)
+    for name, w in (("gate_up", gate_up), ("down", down)):
+        check_like(name, w, "x", x)
+    reference_only("expert_mlp")
+
+    flat, k = index.flatten(), index.shape[1]
+    order = flat.argsort(stable=True)  # slots grouped by expert
+    rows = x[order // k]
+    counts = torch.bincount(flat, minlength=E)[:E].tolist()
+    parts, start = [], 0
+    for e, n in enumerate(counts):
+        if n:
+            gate, up = F.linear(rows[start : start + n], gate_up[e]).chunk(2, -1)
+            parts.append(F.linear(F.silu(gate) * up, down[e]))
+            start += n
+    parts.append(rows.new_zeros(T * k - start, D))  # slots of other ranks' experts
+    y = torch.cat(parts)[order.argsort()].view(T, k, D)
+    acc = accumulation_dtype(x.dtype)
+    return (y.to(acc) * weights.to(acc)[..., None]).sum(1).to(x.dtype)
