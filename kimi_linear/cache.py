@@ -1,0 +1,244 @@
+"""What generation carries from one forward to the next: `KimiLinearCache`.
+
+A KDA layer keeps two states of fixed size, the last W-1 inputs of its convolution and S [K, V] per
+head. An
+MLA layer keeps one latent of `kv_lora_rank + qk_rope_head_dim` numbers per token. Padding is never
+stored: row b holds its own `lengths[b]` tokens without gaps, wherever its padding was.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.layout import TokenLayout
+
+GROWTH = 1.5  # of a full latent buffer; every token is then copied O(1) times
+
+
+class KDALayerCache(LinearAttentionCacheLayerMixin):
+    """Conv state `[B, W-1, 3 H K]` and recurrent state S `[B, H, K, V]` of one KDA layer."""
+
+    is_compileable = False
+
+    def lazy_initialization(self, conv_states=None, recurrent_states=None, state_idx=0) -> None:
+        """Replace one or both states."""
+        if conv_states is not None:
+            self.update_conv_state(conv_states, state_idx)
+        if recurrent_states is not None:
+            self.update_recurrent_state(recurrent_states, state_idx)
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0) -> Tensor:
+        self.conv_states[state_idx] = conv_states.detach()
+        self.is_conv_states_initialized[state_idx] = True
+        self.device, self.dtype = conv_states.device, conv_states.dtype
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0) -> Tensor:
+        self.recurrent_states[state_idx] = recurrent_states.detach()
+        self.is_recurrent_states_initialized[state_idx] = True
+        self.has_previous_state[state_idx] = True
+        return recurrent_states
+
+    def states(self) -> tuple[Tensor | None, Tensor | None]:
+        """The conv state and S, or None and None before the first token."""
+        if not self.has_previous_state[0]:
+            return None, None
+        return self.conv_states[0], self.recurrent_states[0]
+
+    def select_rows(self, index: Tensor) -> None:
+        """Make row i a copy of the old row `index[i]`."""
+        for states in (self.conv_states, self.recurrent_states):
+            if (x := states[0]) is not None:
+                states[0] = x.index_select(0, index.to(x.device))
+
+    def reset(self) -> None:
+        super().__init__()  # dropped, not zeroed: a snapshot may hold the tensors
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}, but a KDA state cannot forget tokens: "
+                "take cache.snapshot() before them and restore() it"
+            )
+
+
+class LatentLayerCache(CacheLayerMixin):
+    """The latents of one MLA layer, `[B, capacity, R + P]`, filled from the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0  # columns in use; rows with padding use fewer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states, value_states  # transformers' names; values stays empty
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def reserve(self, like: Tensor, batch: int, capacity: int) -> Tensor:
+        """The buffer, with room for `capacity` tokens per row. Grows by a constant factor."""
+        old = self.keys
+        if old is not None:
+            if capacity <= old.shape[1]:
+                return old
+            capacity = max(capacity, int(old.shape[1] * GROWTH))
+        new = like.new_zeros(batch, capacity, like.shape[-1])
+        if old is not None:
+            new[:, : self.length] = old[:, : self.length]
+        self.lazy_initialization(new, new.new_empty(batch, 0))
+        return new
+
+    def update(self, key_states: Tensor, layout: TokenLayout) -> Tensor:
+        """Store new latents `[b, t, R+P]`, as `layout` has them, and return all, `[B, S, R+P]`."""
+        B, T = layout.shape
+        with torch.no_grad():
+            start, end = self.length, self.length + T
+            buffer = self.reserve(key_states, B, end)
+            if layout.slots is None:
+                buffer[:, start:end] = key_states
+            else:
+                buffer[layout.slots] = key_states.flatten(0, 1)
+            self.length = end
+        if not (torch.is_grad_enabled() and key_states.requires_grad):
+            return buffer[:, :end]
+        # gradients reach the new latents, and stop at the cached ones
+        if layout.slots is None:
+            return torch.cat((buffer[:, :start], key_states), 1)
+        return buffer[:, :end].index_put(layout.slots, key_states.flatten(0, 1))
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized, self.length = False, 0
+
+    def select_rows(self, index: Tensor) -> None:
+        """Make row i a copy of the old row `index[i]`."""
+        if self.keys is not None:
+            keys = self.keys.index_select(0, index.to(self.keys.device))
+            self.lazy_initialization(keys, keys.new_empty(len(index), 0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """KDA layers, which every mixed model has, refuse to crop; see there."""
+        self.length = max(self.length - abs(tokens_to_remove), 0)
+
+
+class Snapshot(NamedTuple):
+    """A point in a cache's life, from `KimiLinearCache.snapshot`."""
+
+    layers: list[KDALayerCache | LatentLayerCache]
+    seen: int
+    lengths: Tensor | None
+
+
+class KimiLinearCache(Cache):
+    """The cache of a Kimi Linear model, a transformers `Cache`.
+
+    Args:
+        config: of the model that will use it.
+
+    `model(..., past_key_values=cache)` and `model.generate(..., past_key_values=cache)` extend it
+    in place. `get_seq_length()` counts the columns seen, with padding; `lengths` the real tokens of
+    each row.
+    """
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        kinds = {"linear_attention": KDALayerCache, "full_attention": LatentLayerCache}
+        self.layers: list[KDALayerCache | LatentLayerCache]
+        super().__init__(layers=[kinds[kind]() for kind in config.layer_types])
+        self.signature = self._signature(config)
+        self.seen = 0
+        self.lengths: Tensor | None = None  # [B] int64 once a row had padding; None: all are `seen`
+
+    @staticmethod
+    def _signature(config: KimiLinearConfig) -> dict:
+        names = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+        names += ("layer_types", "kv_lora_rank", "qk_rope_head_dim")
+        return {name: getattr(config, name) for name in names}
+
+    def check(self, config: KimiLinearConfig, batch: int) -> None:
+        """Raise a `ValueError` unless this cache serves a model of `config` with `batch` rows."""
+        for name, value in self._signature(config).items():
+            if value != self.signature[name]:
+                raise ValueError(
+                    f"past_key_values was made for another config: its {name} is "
+                    f"{self.signature[name]}, the model's is {value}"
+                )
+        if self.seen and batch != self.batch_size:
+            raise ValueError(
+                f"past_key_values holds {self.batch_size} sequences, but the input has {batch} rows"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the cache, or -1 before the first token."""
+        for layer in self.layers:
+            x = layer.keys if isinstance(layer, LatentLayerCache) else layer.states()[1]
+            if x is not None:
+                return x.shape[0]
+        return -1
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included."""
+        return self.seen
+
+    def advance(self, layout: TokenLayout) -> None:
+        """Count the tokens of a finished forward."""
+        self.seen += layout.shape[1]
+        self.lengths = layout.lengths
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen, self.lengths = 0, None
+
+    def _select_rows(self, index: Tensor) -> None:
+        for layer in self.layers:
+            layer.select_rows(index)
+        if self.lengths is not None:
+            self.lengths = self.lengths[index.to(self.lengths.device)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes the old row `beam_idx[i]` (beam search)."""
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times: one prefix, many continuations."""
+        self._select_rows(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def snapshot(self) -> Snapshot:
+        """Remember this point. Copies nothing: states are replaced, and latents only grow."""
+        return Snapshot([_frozen(layer) for layer in self.layers], self.seen, self.lengths)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this cache, exactly; it can be restored again later."""
+        self.layers = [_frozen(layer) for layer in snapshot.layers]
+        self.seen, self.lengths = snapshot.seen, snapshot.lengths
+
+    def fork(self) -> KimiLinearCache:
+        """An independent copy: both can go on, in different directions."""
+        return copy.deepcopy(self)
+
+
+def _frozen(layer):
+    """A copy of a layer that shares its tensors; those of a KDA layer sit in dicts."""
+    layer = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(layer, name, dict(value))
+    return layer

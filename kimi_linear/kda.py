@@ -1,0 +1,100 @@
+"""Kimi Delta Attention, the mixer of three layers out of four (arXiv 2510.26692, section 4)."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kimi_kernels import causal_conv, fused_kda, gated_rms_norm
+from kimi_linear.cache import KDALayerCache, KimiLinearCache
+from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.layout import TokenLayout
+
+
+class ShortConvolution(nn.Conv1d):
+    """Causal depthwise convolution with SiLU over q, k and v; its weight is [3 H K, 1, W]."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        xs: Sequence[Tensor],
+        state: Tensor | None,
+        keep_state: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        weight = self.weight.squeeze(1)
+        return causal_conv(
+            xs, weight, initial_state=state, output_final_state=keep_state, cu_seqlens=cu_seqlens
+        )
+
+
+class ForgetGate(nn.Module):
+    """The low-rank projection of the decay and its parameters; `fused_kda` turns them into g."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        H, K = config.linear_num_heads, config.linear_head_dim
+        self.f_a_proj = nn.Linear(config.hidden_size, K, bias=False)
+        self.f_b_proj = nn.Linear(K, H * K, bias=False)
+        # fp32 whatever the model's dtype: a bf16 A_log is off by up to 0.4 %, and so is every decay
+        self.dt_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(1, 1, H, 1, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [b, t, D] -> the raw gate [b, t, H, K], A_log [H], dt_bias [H K]."""
+        f = self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.A_log.numel(), -1))
+        return f, self.A_log.flatten(), self.dt_bias
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm over the value channels of a head, then the sigmoid output gate."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(x, gate, self.weight, self.eps)
+
+
+class KimiDeltaAttention(nn.Module):
+    """KDA mixer: projections, short convolution, delta rule with per-channel decay, gated norm."""
+
+    def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        D, H, K = config.hidden_size, config.linear_num_heads, config.linear_head_dim
+        self.layer_idx, self.heads = layer_idx, (H, K)
+        self.q_proj = nn.Linear(D, H * K, bias=False)
+        self.k_proj = nn.Linear(D, H * K, bias=False)
+        self.v_proj = nn.Linear(D, H * K, bias=False)
+        self.conv1d = ShortConvolution(3 * H * K, config.linear_conv_kernel_dim)
+        self.forget_gate = ForgetGate(config)
+        self.b_proj = nn.Linear(D, H, bias=False)
+        self.g_a_proj = nn.Linear(D, K, bias=False)
+        self.g_b_proj = nn.Linear(K, H * K, bias=False)
+        self.o_norm = GatedRMSNorm(K, config.rms_norm_eps)
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+
+    def forward(self, x: Tensor, layout: TokenLayout, cache: KimiLinearCache | None) -> Tensor:
+        """x [b, t, D] as `layout.pack` left it -> the same shape."""
+        conv_state, S, keep, cu = None, None, cache is not None, layout.cu_seqlens
+        if cache is not None:
+            layer = cast(KDALayerCache, cache.layers[self.layer_idx])
+            conv_state, S = layer.states()
+        xs = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        xs, conv_state = self.conv1d(xs, conv_state, keep, cu)
+        q, k, v = (y.unflatten(-1, self.heads) for y in xs)
+        f, A_log, dt_bias = self.forget_gate(x)
+        o, S = fused_kda(
+            q, k, v, f, self.b_proj(x), A_log, dt_bias,
+            initial_state=S, output_final_state=keep, cu_seqlens=cu,
+        )  # fmt: skip
+        if cache is not None:
+            layer.update_conv_state(cast(Tensor, conv_state))
+            layer.update_recurrent_state(cast(Tensor, S))
+        gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, self.heads)
+        return self.o_proj(self.o_norm(o, gate).flatten(-2))

@@ -1,0 +1,315 @@
+"""`KimiLinearForCausalLM`: the wiring. Mixers are in kda.py and mla.py, feed-forwards in moe.py."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from kimi_linear.cache import KimiLinearCache
+from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.kda import ForgetGate, GatedRMSNorm, KimiDeltaAttention
+from kimi_linear.layout import TokenLayout, plan_tokens
+from kimi_linear.mla import KimiLatentAttention
+from kimi_linear.moe import KimiLinearExperts, KimiLinearMLP, KimiLinearMoE, KimiLinearTopkRouter
+from kimi_linear.norm import KimiLinearRMSNorm
+from kimi_linear.weights import check_checkpoint, released_conversions
+
+# what transformers' flattening collators add to say that a row is packed
+PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+LOSS_KEYS = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+
+class KimiLinearDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual block: x += mixer(norm(x)), x += feed_forward(norm(x))."""
+
+    def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        is_kda = config.layer_types[layer_idx] == "linear_attention"
+        is_moe = config.mlp_layer_types[layer_idx] == "sparse"
+        self.self_attn = (KimiDeltaAttention if is_kda else KimiLatentAttention)(config, layer_idx)
+        self.mlp = (
+            KimiLinearMoE(config) if is_moe else KimiLinearMLP(config, config.intermediate_size)
+        )
+        self.input_layernorm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, layout: TokenLayout, past_key_values: KimiLinearCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [b, t, D] -> the same shape, and the router logits [b t, E] of an MoE layer."""
+        x = x + self.self_attn(self.input_layernorm(x), layout, past_key_values)
+        y, router_logits = self.post_attention_layernorm(x), None
+        if isinstance(self.mlp, KimiLinearMoE):
+            y, router_logits = self.mlp(y)
+        else:
+            y = self.mlp(y)
+        return x + y, router_logits
+
+
+class KimiLinearPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving."""
+
+    config_class = KimiLinearConfig
+    config: KimiLinearConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KimiLinearDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "e_score_correction_bias"]
+    _supports_sdpa = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As flash-linear-attention and transformers initialise KDA (FACTS 2.2)."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, ForgetGate):
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1.0, 16.0).log())
+            low, high = math.log(1e-3), math.log(1e-1)
+            dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp().clamp_min(1e-4)
+            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
+        elif isinstance(module, KimiLinearExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, KimiLinearTopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, GatedRMSNorm | KimiLinearRMSNorm):
+            init.ones_(module.weight)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers' conversions for `kimi_linear` weights are meant for this model too."""
+        return False
+
+    @property
+    def _weight_conversions(self):
+        """What `save_pretrained` reverts: always to the released layout."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            return self.__dict__.get("_loaded_conversions")
+        return released_conversions()
+
+    @_weight_conversions.setter
+    def _weight_conversions(self, value) -> None:
+        self.__dict__["_loaded_conversions"] = value
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        if not load_config.is_quantized:
+            any_shape = load_config.ignore_mismatched_sizes
+            check_checkpoint(model, checkpoint_files, state_dict, any_shape)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Write the released layout: per-expert tensors, three convolutions, and its config.json.
+
+        The config's `auto_map` is left out, since the remote code it names is not saved along.
+        """
+        auto_map = self.config.__dict__.pop("auto_map", None)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            if auto_map is not None:
+                self.config.auto_map = auto_map
+
+
+class KimiLinearModel(KimiLinearPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        config.validate()
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [KimiLinearDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KimiLinearCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Run the decoder; arguments as in `KimiLinearForCausalLM.forward`."""
+        packing = _packing_arguments(cu_seqlens, kwargs)
+        x = _the_input(input_ids, inputs_embeds, self.config.hidden_size)
+        cache = past_key_values
+        if cache is not None:
+            if not isinstance(cache, KimiLinearCache):
+                kind = type(cache).__name__
+                raise ValueError(f"past_key_values is a {kind}, want a kimi_linear.KimiLinearCache")
+            cache.check(self.config, x.shape[0])
+        past, lengths = (0, None) if cache is None else (cache.seen, cache.lengths)
+        layout = plan_tokens(x, attention_mask, position_ids, *packing, past, lengths)
+        if layout.packed and (cache is not None or use_cache):
+            raise ValueError("past_key_values or use_cache: packed documents cannot fill a cache")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not layout.packed
+        if use_cache and cache is None:
+            cache = KimiLinearCache(self.config)
+
+        x = layout.pack(self.embed_tokens(x) if inputs_embeds is None else x)
+        states: Any = (
+            (x,) if _asked(output_hidden_states, self.config.output_hidden_states) else None
+        )
+        logits: Any = () if _asked(output_router_logits, self.config.output_router_logits) else None
+        for layer in self.layers:
+            x, router_logits = layer(x, layout, past_key_values=cache)
+            if states is not None:
+                states += (x,)
+            if logits is not None and router_logits is not None:
+                logits += (layout.unpack(router_logits[None]).flatten(0, -2),)
+        x = layout.unpack(self.norm(x))
+        if cache is not None:
+            cache.advance(layout)
+        if states is not None:  # as transformers has it: the last one is after the norm
+            states = (*(layout.unpack(s) for s in states[:-1]), x)
+        return MoeModelOutputWithPast(
+            last_hidden_state=x, past_key_values=cache, hidden_states=states, router_logits=logits
+        )
+
+
+class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
+    """Kimi Linear with a language-modelling head (moonshotai/Kimi-Linear-48B-A3B)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__(config)
+        self.model = KimiLinearModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KimiLinearCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Next-token logits, and the loss if `labels` are given.
+
+        Args:
+            input_ids: `[B, T]`; or `inputs_embeds`, `[B, T, hidden_size]`.
+            attention_mask: `[B, past + T]`, 1 for tokens, 0 for padding, anywhere.
+            position_ids: `[B, T]`. The model has no positions; where they do not increase within a
+                row, a new packed document starts.
+            past_key_values: a `KimiLinearCache`, extended in place.
+            labels: `[B, T]`, -100 where no loss is wanted; shifted here.
+            use_cache: fill and return a cache. Default: `config.use_cache`, except in training and
+                for packed documents.
+            logits_to_keep: keep the last so many positions, or those of an index tensor; 0 keeps
+            all.
+            cu_seqlens: `[N+1]`, ends of the documents packed into one row. The arguments of
+                transformers' `DataCollatorWithFlattening` (`cu_seq_lens_q`, `seq_idx`, ...) say the
+                same.
+            output_hidden_states, output_router_logits: also return them; router logits are one
+                `[B T, E]` per MoE layer. Default: the config's.
+
+        Returns:
+            Logits `[B, kept, vocab_size]`, zero where there is padding, and what was asked for.
+
+        Raises:
+            ValueError: names the argument that does not fit, before anything is changed.
+        """
+        loss_kwargs = {k: kwargs.pop(k) for k in LOSS_KEYS if k in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
+        """`generate` gets a KimiLinearCache instead of transformers' DynamicCache."""
+        cache, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation is {kind!r}, want None: see KimiLinearCache")
+        if cache is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
+        elif cache is not None:
+            parent: Any = super()
+            parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+
+def _asked(argument: bool | None, default: bool | None) -> bool:
+    return bool(default if argument is None else argument)
+
+
+def _the_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, D: int) -> Tensor:
+    """Whichever of the two is given, checked."""
+    if input_ids is not None and inputs_embeds is None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}, want [batch, tokens]")
+        return input_ids
+    if input_ids is not None or inputs_embeds is None:
+        given = "neither" if inputs_embeds is None else "both"
+        raise ValueError(f"input_ids or inputs_embeds: want exactly one of them, got {given}")
+    shape = list(inputs_embeds.shape)
+    if len(shape) != 3 or shape[-1] != D:
+        raise ValueError(f"inputs_embeds has shape {shape}, want [batch, tokens, {D}]")
+    return inputs_embeds
+
+
+def _packing_arguments(cu_seqlens: Tensor | None, kwargs: dict[str, Any]):
+    """cu_seqlens and seq_idx out of a forward's arguments; nothing else may be in them."""
+    unknown = [k for k, x in kwargs.items() if k not in PACKING_KEYS and x not in (None, False)]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not an argument of a Kimi Linear forward")
+    q, k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    for name, other in (("cu_seq_lens_q", q), ("cu_seq_lens_k", k)):
+        if other is None:
+            continue
+        if cu_seqlens is not None and not torch.equal(other.flatten(), cu_seqlens):
+            raise ValueError(f"{name} differs from the other cumulative sequence lengths given")
+        cu_seqlens = other.flatten()
+    return cu_seqlens, kwargs.get("seq_idx")
