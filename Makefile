@@ -10,8 +10,8 @@ BIN    := .venv/bin
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: .venv/.installed  ## run the demonstration
-	$(BIN)/python -m kimi_linear.demo
+demo: .venv/.installed  ## train a tiny model on English text, save, reload, generate (minutes)
+	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## run the tests; JOBS=4 for more processes, MARKS= to include the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "$(MARKS)" --durations=10

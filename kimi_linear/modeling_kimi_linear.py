@@ -86,7 +86,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: transformers' conversions for `kimi_linear` weights are meant for this model too."""
+        """False: transformers' conversions of `kimi_linear` weights are for this model too."""
         return False
 
     @property

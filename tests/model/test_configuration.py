@@ -113,7 +113,6 @@ def test_default_layer_pattern(layers, full):
         (8, 0, 2, [0, 2, 4]),
         (8, 3, 2, [4]),
         (8, 5, 1, []),
-        (None, 1, 1, []),
     ],
 )
 def test_mlp_layer_types(experts, first, freq, sparse, tmp_path):
