@@ -60,13 +60,6 @@ class KDALayerCache(LinearAttentionCacheLayerMixin):
     def reset(self) -> None:
         super().__init__()  # dropped, not zeroed: a snapshot may hold the tensors
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
-            raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}, but a KDA state cannot forget tokens: "
-                "take cache.snapshot() before them and restore() it"
-            )
-
 
 class LatentLayerCache(CacheLayerMixin):
     """The latents of one MLA layer, `[B, capacity, R + P]`, filled from the left."""
@@ -84,7 +77,12 @@ class LatentLayerCache(CacheLayerMixin):
         """The buffer, with room for `capacity` tokens per row. Grows by a constant factor."""
         old = self.keys
         if old is not None:
-            if capacity <= old.shape[1]:
+            if like.dtype != old.dtype:
+                raise ValueError(
+                    f"past_key_values holds {old.dtype} latents, the new ones are {like.dtype}"
+                )
+            writable = torch.is_inference_mode_enabled() or not old.is_inference()
+            if capacity <= old.shape[1] and writable:
                 return old
             capacity = max(capacity, int(old.shape[1] * GROWTH))
         new = like.new_zeros(batch, capacity, like.shape[-1])
@@ -104,7 +102,7 @@ class LatentLayerCache(CacheLayerMixin):
             else:
                 buffer[layout.slots] = key_states.flatten(0, 1)
             self.length = end
-        if not (torch.is_grad_enabled() and key_states.requires_grad):
+        if not torch.is_grad_enabled():
             return buffer[:, :end]
         # gradients reach the new latents, and stop at the cached ones
         if layout.slots is None:
@@ -129,10 +127,6 @@ class LatentLayerCache(CacheLayerMixin):
         if self.keys is not None:
             keys = self.keys.index_select(0, index.to(self.keys.device))
             self.lazy_initialization(keys, keys.new_empty(len(index), 0))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """KDA layers, which every mixed model has, refuse to crop; see there."""
-        self.length = max(self.length - abs(tokens_to_remove), 0)
 
 
 class Snapshot(NamedTuple):
@@ -228,7 +222,17 @@ class KimiLinearCache(Cache):
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this cache, exactly; it can be restored again later."""
         self.layers = [_frozen(layer) for layer in snapshot.layers]
+        for layer in self.layers:
+            if isinstance(layer, LatentLayerCache) and layer.keys is not None:
+                layer.keys = layer.keys[:, : layer.length]  # the rest may be another snapshot's
         self.seen, self.lengths = snapshot.seen, snapshot.lengths
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}, but a KDA state cannot forget tokens: "
+                "take cache.snapshot() before them and restore() it"
+            )
 
     def fork(self) -> KimiLinearCache:
         """An independent copy: both can go on, in different directions."""

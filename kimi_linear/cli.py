@@ -81,7 +81,8 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = KimiLinearForCausalLM.from_pretrained(path, device_map=device)
+    model: Any = KimiLinearForCausalLM.from_pretrained(path)
+    model.to(device)
     set_seed(args.seed)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
     print(args.prompt, end="", flush=True)

@@ -159,6 +159,10 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
                 kind = type(cache).__name__
                 raise ValueError(f"past_key_values is a {kind}, want a kimi_linear.KimiLinearCache")
             cache.check(self.config, x.shape[0])
+        if self.training and self.gradient_checkpointing and (cache is not None or use_cache):
+            raise ValueError(
+                "past_key_values or use_cache: gradient checkpointing cannot fill a cache"
+            )
         past, lengths = (0, None) if cache is None else (cache.seen, cache.lengths)
         layout = plan_tokens(x, attention_mask, position_ids, *packing, past, lengths)
         if layout.packed and (cache is not None or use_cache):
@@ -243,6 +247,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: names the argument that does not fit, before anything is changed.
         """
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and x is not None and labels.shape != x.shape[:2]:
+            raise ValueError(f"labels has shape {list(labels.shape)}, want {list(x.shape[:2])}")
         loss_kwargs = {k: kwargs.pop(k) for k in LOSS_KEYS if k in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -274,11 +281,26 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         cache, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation is {kind!r}, want None: see KimiLinearCache")
+        if cache is not None and generation_config.use_cache is False:
+            raise ValueError("use_cache is False, but past_key_values is given: want one of them")
         if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = KimiLinearCache(self.config)
         elif cache is not None:
             parent: Any = super()
             parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """Refuse what transformers would cut out of the wrong end of the sequence."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        embeds = model_kwargs.get("inputs_embeds")
+        given = (input_ids if embeds is None else embeds).shape[1]
+        total = given if mask is None else mask.shape[1]
+        if cache is not None and total <= cache.get_seq_length():
+            raise ValueError(
+                f"past_key_values holds {cache.get_seq_length()} columns, the sequence {total}: "
+                "want the whole sequence, or its new tokens with an attention_mask of the whole"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _asked(argument: bool | None, default: bool | None) -> bool:
@@ -302,7 +324,8 @@ def _the_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, D: int) -
 
 def _packing_arguments(cu_seqlens: Tensor | None, kwargs: dict[str, Any]):
     """cu_seqlens and seq_idx out of a forward's arguments; nothing else may be in them."""
-    unknown = [k for k, x in kwargs.items() if k not in PACKING_KEYS and x not in (None, False)]
+    given = [k for k, x in kwargs.items() if x is not None and x is not False]
+    unknown = [k for k in given if k not in PACKING_KEYS]
     if unknown:
         raise ValueError(f"{unknown[0]} is not an argument of a Kimi Linear forward")
     q, k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")

@@ -28,7 +28,7 @@ def causal_conv_ref(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, T
     acc = accumulation_dtype(x.dtype)
     xs = torch.cat((state, x), 1)  # [B, W-1+T, D]
     y = sum(xs[:, j : j + T].to(acc) * weight[:, j].to(acc) for j in range(W))
-    return F.silu(y).to(x.dtype), xs[:, T:]
+    return F.silu(y).to(x.dtype), xs[:, T:].clone()
 
 
 def causal_conv(

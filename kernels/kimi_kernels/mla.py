@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import check_like, check_shape, sequence_bounds
+from kimi_kernels.checks import accumulation_dtype, check_like, check_shape, sequence_bounds
 from kimi_kernels.dispatch import reference_only
 
 
@@ -46,7 +46,8 @@ def _absorbed(q, latent, w_kv, R, scale, mask) -> Tensor:
     """As `_expanded`, with a mask always."""
     D_n = q.shape[-1] - (latent.shape[-1] - R)
     q_c = torch.einsum("bthd,hdr->bthr", q[..., :D_n], w_kv[:, :D_n])
-    s = torch.einsum("bthr,bsr->bhts", torch.cat((q_c, q[..., D_n:]), -1), latent).float() * scale
+    s = torch.einsum("bthr,bsr->bhts", torch.cat((q_c, q[..., D_n:]), -1), latent)
+    s = s.to(accumulation_dtype(s.dtype)) * scale
     p = s.masked_fill(~mask[:, None], -torch.inf).softmax(-1).to(latent.dtype)
     o_c = torch.einsum("bhts,bsr->bthr", p, latent[..., :R])
     return torch.einsum("bthr,hdr->bthd", o_c, w_kv[:, D_n:])

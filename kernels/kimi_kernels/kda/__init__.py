@@ -11,7 +11,13 @@ from kimi_kernels.checks import (
 )
 from kimi_kernels.dispatch import reference_only
 from kimi_kernels.kda.gate import kda_gate, l2norm
-from kimi_kernels.kda.reference import Form, chunk_form, kda_ref, recurrent_form
+from kimi_kernels.kda.reference import (
+    Form,
+    chunk_form,
+    fused_kda_ref,
+    kda_ref,
+    recurrent_form,
+)
 
 __all__ = ["chunk_kda", "fused_kda", "kda_gate", "l2norm", "recurrent_kda"]
 
@@ -156,10 +162,8 @@ def fused_kda(
     """
     _check(q, k, v, f, b, ("f", "b"), initial_state, cu_seqlens)
     reference_only("fused_kda")
-    acc = accumulation_dtype(q.dtype)
-    g = kda_gate(f.to(acc), A_log, dt_bias, lower_bound)
     form = recurrent_form if q.shape[1] < RECURRENT_BELOW else chunk_form
-    qn, kn, beta = l2norm(q.to(acc)), l2norm(k.to(acc)), b.to(acc).sigmoid()
-    scale = q.shape[-1] ** -0.5
-    o, S = kda_ref(form, qn, kn, v.to(acc), g, beta, scale, initial_state, cu_seqlens)
-    return o.to(v.dtype), S if output_final_state else None
+    o, S = fused_kda_ref(
+        form, q, k, v, f, b, A_log, dt_bias, lower_bound, initial_state, cu_seqlens
+    )
+    return o, S if output_final_state else None

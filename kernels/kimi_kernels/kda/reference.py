@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_kernels.checks import accumulation_dtype, sequence_bounds
+from kimi_kernels.kda.gate import kda_gate, l2norm
 
 CHUNK = 64
 # exp(-1e4) is 0 in every dtype; the clamp keeps 0 * (-inf) out of the masked sums of the chunk form
@@ -116,3 +117,25 @@ def kda_ref(
         parts = [run(*bounds[n], initial_state[n : n + 1]) for n in range(len(bounds))]
         o, S = torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts])
     return o.transpose(1, 2).to(v.dtype), S
+
+
+def fused_kda_ref(
+    form: Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    lower_bound: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same with the activations in front; arguments as `kimi_kernels.fused_kda`."""
+    acc = accumulation_dtype(q.dtype)
+    g = kda_gate(f.to(acc), A_log, dt_bias, lower_bound)
+    qn, kn, beta = l2norm(q.to(acc)), l2norm(k.to(acc)), b.to(acc).sigmoid()
+    scale = q.shape[-1] ** -0.5
+    o, S = kda_ref(form, qn, kn, v.to(acc), g, beta, scale, initial_state, cu_seqlens)
+    return o.to(v.dtype), S
