@@ -295,6 +295,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         embeds = model_kwargs.get("inputs_embeds")
         given = (input_ids if embeds is None else embeds).shape[1]
         total = given if mask is None else mask.shape[1]
+        if mask is None:  # transformers drops a mask of ones and notes its length
+            total = getattr(generation_config, "_mask_length", total)
         if cache is not None and total <= cache.get_seq_length():
             raise ValueError(
                 f"past_key_values holds {cache.get_seq_length()} columns, the sequence {total}: "

@@ -10,8 +10,8 @@ Both functions return (o, final state or None) and are differentiable, `fused_re
 | parameter                    | here                                                            |
 |------------------------------|-----------------------------------------------------------------|
 | scale                        | of q, default `K**-0.5`                                         |
-| initial_state                | `[N, HV, K, V]`; chunk_kda wants fp32, as fla's assertion does; |
-|                              | fused_recurrent_kda takes any float dtype                       |
+| initial_state                | `[N, HV, K, V]`; chunk_kda wants fp32 (fp64 with fp64 inputs),  |
+|                              | as fla asserts; fused_recurrent_kda takes any float dtype       |
 | output_final_state           | return the state after the last token, fp32                     |
 | use_qk_l2norm_in_kernel      | `l2norm` of q and k                                             |
 | use_gate_in_kernel           | g is the raw projection: `kda_gate(g, A_log, dt_bias,           |
@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype
+from kimi_kernels.checks import accumulation_dtype, check_shape
 from kimi_kernels.kda import chunk_kda as _chunk_kda
 from kimi_kernels.kda import fused_kda, kda_gate, l2norm
 from kimi_kernels.kda import recurrent_kda as _recurrent_kda
@@ -71,7 +71,12 @@ def _run(
     if use_gate_in_kernel:
         if A_log is None and lower_bound is None:
             raise ValueError("A_log is None, want it given with use_gate_in_kernel, or lower_bound")
-        HV, K = g.shape[-2:]
+        for name, x in (("q", q), ("v", v)):
+            if x.ndim != 4:
+                raise ValueError(f"{name} has shape {list(x.shape)}, want [B, T, heads, channels]")
+        (B, T, HV, _), K = v.shape, q.shape[-1]
+        check_shape("g", g, B, T, HV, K)  # fused_kda would call them f and b
+        check_shape("beta", beta, B, T, HV)
         A_log = g.new_zeros(HV, dtype=torch.float32) if A_log is None else A_log.flatten()
         dt_bias = g.new_zeros(HV * K, dtype=torch.float32) if dt_bias is None else dt_bias.flatten()
     if initial_state is not None and state_v_first:
