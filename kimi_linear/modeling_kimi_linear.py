@@ -18,7 +18,7 @@ from kimi_linear.layout import TokenLayout, plan_tokens
 from kimi_linear.mla import KimiLatentAttention
 from kimi_linear.moe import KimiLinearExperts, KimiLinearMLP, KimiLinearMoE, KimiLinearTopkRouter
 from kimi_linear.norm import KimiLinearRMSNorm
-from kimi_linear.weights import check_checkpoint, released_conversions
+from kimi_linear.weights import check_checkpoint, check_placement, in_memory, released_conversions
 
 # what transformers' flattening collators add to say that a row is packed
 PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -102,21 +102,32 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        if not load_config.is_quantized:
+        check_placement(model)
+        is_adapter = model._hf_peft_config_loaded  # an adapter's file has nothing but the adapter
+        if not (load_config.is_quantized or is_adapter):
             any_shape = load_config.ignore_mismatched_sizes
             check_checkpoint(model, checkpoint_files, state_dict, any_shape)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Also of released names, which are those in the files that `Trainer` resumes from."""
+        return super().load_state_dict(in_memory(self, state_dict), strict, assign)
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """Write the released layout: per-expert tensors, three convolutions, and its config.json.
 
         The config's `auto_map` is left out, since the remote code it names is not saved along.
         """
+        head = getattr(self, "lm_head", None)
+        tied = head is not None and head.weight is self.get_input_embeddings().weight
+        if tied and not self._hf_peft_config_loaded:  # transformers' native model never ties
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+            state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"].clone()
         auto_map = self.config.__dict__.pop("auto_map", None)
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         finally:
             if auto_map is not None:
                 self.config.auto_map = auto_map
@@ -302,7 +313,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
                 f"past_key_values holds {cache.get_seq_length()} columns, the sequence {total}: "
                 "want the whole sequence, or its new tokens with an attention_mask of the whole"
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        parent: Any = super()
+        return parent._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _asked(argument: bool | None, default: bool | None) -> bool:

@@ -27,7 +27,7 @@ class KimiLinearTopkRouter(nn.Module):
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
-        E = config.num_experts
+        E = self.num_experts = config.num_experts  # read by transformers' expert parallelism
         self.weight = nn.Parameter(torch.empty(E, config.hidden_size))
         self.e_score_correction_bias = nn.Buffer(torch.zeros(E, dtype=torch.float32))
         self.top_k = config.num_experts_per_token
@@ -54,6 +54,7 @@ class KimiLinearExperts(nn.Module):
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
         E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = E  # transformers' expert parallelism makes it this rank's share
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 

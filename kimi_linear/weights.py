@@ -7,7 +7,7 @@ has the wrong shape.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from safetensors import safe_open
@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 SHOWN = 8  # tensor names per kind of error
 MOE_PARTS = ("gate", "experts", "shared_experts")
 NATIVE_DENSE = re.compile(r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.")
-EXPERT = re.compile(r"\.experts\.\d+\.w[123]\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.w([123])\.")
 
 
 def released_conversions() -> list[WeightConverter | WeightRenaming]:
@@ -55,6 +55,45 @@ def released_layout(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {n: shape for part in released_sources(model).values() for n, shape in part.items()}
 
 
+def _part(x: Tensor, name: str) -> Tensor:
+    """The part of the stacked tensor `x` that the released tensor `name` is."""
+    if match := EXPERT.search(name):
+        expert, which = x[int(match[1])], match[2]
+        return expert if which == "2" else expert.chunk(2)["13".index(which)]
+    return x.chunk(3)["qkv".index(name.split(".")[-2][0])]
+
+
+def in_memory(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` with released tensors renamed and stacked as the modules have them.
+
+    One shard of a checkpoint may hold a part of a stacked tensor; the rest is then the model's own.
+
+    Raises:
+        ValueError: a part of a stacked tensor has a wrong shape.
+    """
+    own, new = model.state_dict(), dict(state)
+    if new.keys() <= own.keys():
+        return state
+    for name in state:
+        if (plain := NATIVE_DENSE.sub(r".mlp.\1.", name)) in own:
+            new[plain] = new.pop(name)
+    for param, sources in released_sources(model).items():
+        parts = {name: new.pop(name) for name in sources if name != param and name in new}
+        if len(sources) == 1:
+            new.update((param, x) for x in parts.values())
+        elif parts:
+            whole = len(parts) == len(sources)
+            first = next(iter(parts.values()))
+            stack = first.new_empty(own[param].shape) if whole else own[param].clone()
+            for name, x in parts.items():
+                if x.shape != sources[name]:
+                    shapes = f"{list(x.shape)}, want {list(sources[name])}"
+                    raise ValueError(f"{name} has shape {shapes}")
+                _part(stack, name).copy_(x)
+            new[param] = stack
+    return new
+
+
 def _shapes(files: Iterable[str]) -> dict[str, torch.Size]:
     shapes = {}
     for file in files:
@@ -62,6 +101,23 @@ def _shapes(files: Iterable[str]) -> dict[str, torch.Size]:
             names = f.keys()
             shapes.update((name, torch.Size(f.get_slice(name).get_shape())) for name in names)
     return shapes
+
+
+def check_placement(model: PreTrainedModel) -> None:
+    """Refuse what transformers (5.17 to 5.23) loads wrongly, its native model included.
+
+    Raises:
+        ValueError: layers are split between processes, or the merged convolutions are sharded.
+    """
+    if hasattr(model, "_pp_stage"):
+        raise ValueError("distributed_config.pp_size: pipeline parallelism is not supported")
+    for name, x in model.named_parameters():
+        if name.endswith("conv1d.weight") and hasattr(x, "placements"):
+            raise ValueError(
+                "distributed_config.fsdp_size: transformers would shard q_conv1d, k_conv1d and "
+                f"v_conv1d before it merges them, and mix up their channels in {name}. "
+                "Load without it and shard afterwards, as Trainer does with accelerate's FSDP"
+            )
 
 
 def check_checkpoint(
