@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kimi_kernels.checks import (
     accumulation_dtype,
+    check_float,
     check_like,
     check_shape,
     check_state,
@@ -27,7 +28,8 @@ def causal_conv_ref(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, T
     T, W = x.shape[1], weight.shape[1]
     acc = accumulation_dtype(x.dtype)
     xs = torch.cat((state, x), 1)  # [B, W-1+T, D]
-    y = sum(xs[:, j : j + T].to(acc) * weight[:, j].to(acc) for j in range(W))
+    xa = xs.to(acc)  # once, so that its gradient is summed before it is rounded
+    y = sum(xa[:, j : j + T] * weight[:, j].to(acc) for j in range(W))
     return F.silu(y).to(x.dtype), xs[:, T:].clone()
 
 
@@ -65,6 +67,7 @@ def causal_conv(
             f"xs has shapes {[list(x.shape) for x in xs]}, want one or more [B, T, D_i]"
         )
     B, T = xs[0].shape[:2]
+    check_float("xs[0]", xs[0], xs[0])
     for i, x in enumerate(xs):
         check_shape(f"xs[{i}]", x, B, T, x.shape[-1])
         check_like(f"xs[{i}]", x, "xs[0]", xs[0])
@@ -72,6 +75,7 @@ def causal_conv(
     D = sum(sizes)
     if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] < 2:
         raise ValueError(f"weight has shape {list(weight.shape)}, want [{D}, W] with W >= 2")
+    check_float("weight", weight, xs[0])
     W = weight.shape[1]
     bounds = sequence_bounds(cu_seqlens, xs[0])
     N = B if bounds is None else len(bounds)

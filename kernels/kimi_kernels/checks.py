@@ -17,6 +17,12 @@ def check_shape(name: str, x: Tensor, *shape: int) -> None:
         raise ValueError(f"{name} has shape {list(x.shape)}, want {list(shape)}")
 
 
+def check_float(name: str, x: Tensor, like: Tensor) -> None:
+    """`x` must be floating-point and lie on the device of `like`."""
+    if not x.is_floating_point() or x.device != like.device:
+        raise ValueError(f"{name} is {x.dtype} on {x.device}, want floats on {like.device}")
+
+
 def check_like(name: str, x: Tensor, other: str, like: Tensor) -> None:
     """`x` must have the dtype and device of `like`."""
     if x.dtype != like.dtype or x.device != like.device:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "reference")
@@ -21,13 +22,15 @@ _backend = _checked(os.environ.get("KIMI_KERNELS_BACKEND", "auto"), "KIMI_KERNEL
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether `x` goes through the Triton kernel: on `auto`, exactly when it is on a CUDA GPU.
+    """Whether `x` goes through the Triton kernel: on `auto`, when it is on a CUDA GPU and not fp64.
 
     Raises:
         ValueError: `triton` is forced where it cannot run.
     """
     if _backend != "triton":
-        return _backend == "auto" and x.is_cuda and HAS_TRITON
+        return _backend == "auto" and x.is_cuda and HAS_TRITON and x.dtype != torch.float64
+    if x.dtype == torch.float64:
+        raise ValueError("backend is triton, but the input is float64: the kernels stop at float32")
     if not HAS_TRITON:
         raise ValueError("backend is triton, but the triton package is not installed")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

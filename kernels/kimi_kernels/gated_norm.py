@@ -12,7 +12,7 @@ Backward, with x̂ = x·r, s = sigmoid(g) and a = do·s·w:
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_like, check_shape
+from kimi_kernels.checks import accumulation_dtype, check_float, check_like, check_shape
 from kimi_kernels.dispatch import use_triton
 
 
@@ -40,10 +40,12 @@ def gated_rms_norm(x: Tensor, g: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor
     """
     check_shape("g", g, *x.shape)
     check_like("g", g, "x", x)
+    check_float("x", x, x)
     check_shape("w", w, x.shape[-1])
+    check_float("w", w, x)
     if not use_triton(x):
         return gated_rms_norm_ref(x, g, w, eps)
     from kimi_kernels.gated_norm_triton import GatedRMSNormFunction
 
     x_, g_ = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, g))
-    return GatedRMSNormFunction.apply(x_, g_, w, eps).view(x.shape)
+    return GatedRMSNormFunction.apply(x_, g_, w.contiguous(), eps).view(x.shape)

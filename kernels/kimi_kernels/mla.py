@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_like, check_shape, sequence_bounds
+from kimi_kernels.checks import (
+    accumulation_dtype,
+    check_float,
+    check_like,
+    check_shape,
+    sequence_bounds,
+)
 from kimi_kernels.dispatch import reference_only
 
 
@@ -87,6 +93,7 @@ def latent_attention(
             f"q, latent, w_kv have shapes {shapes}, want [B, T, H, D], [B, S, R+P], [H*(Dn+Dv), R]"
         )
     (B, T, H, D), (_, S, L), R = q.shape, latent.shape, w_kv.shape[1]
+    check_float("q", q, q)
     check_shape("latent", latent, B, S, L)
     check_like("latent", latent, "q", q)
     check_like("w_kv", w_kv, "q", q)
@@ -98,6 +105,10 @@ def latent_attention(
         )
     if positions is not None:
         check_shape("positions", positions, B, T)
+        if positions.dtype != torch.int64 or positions.device != q.device:
+            raise ValueError(
+                f"positions is {positions.dtype} on {positions.device}, want int64 on {q.device}"
+            )
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens cannot be combined with positions")
     elif S < T or (cu_seqlens is not None and S != T):

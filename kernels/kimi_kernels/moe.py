@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_like, check_shape
+from kimi_kernels.checks import accumulation_dtype, check_float, check_like, check_shape
 from kimi_kernels.dispatch import reference_only
 
 RENORM_EPS = 1e-20
@@ -51,6 +51,7 @@ def route(
         raise ValueError(f"logits is {logits.dtype}, want float32 or float64")
     T, E = logits.shape
     check_shape("bias", bias, E)
+    check_float("bias", bias, logits)
     if n_group < 1 or E % n_group:
         raise ValueError(f"n_group is {n_group}, want a divisor of the {E} experts")
     if not 1 <= topk_group <= n_group:
@@ -64,7 +65,7 @@ def route(
     scores = logits.sigmoid()
     choice = scores.detach() + bias.detach()
     if n_group > 1:
-        grouped = choice.view(T, n_group, -1)
+        grouped = choice.view(T, n_group, E // n_group)
         best = grouped.topk(2, -1).values.sum(-1).topk(topk_group, -1).indices
         closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
         choice = grouped.masked_fill(closed[..., None], -torch.inf).view(T, E)
@@ -98,10 +99,15 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights:
             "want [T, D] and [E, 2F, D]"
         )
     (T, D), (E, F2, _) = x.shape, gate_up.shape
-    check_shape("gate_up", gate_up, E, F2, D)
+    check_shape("gate_up", gate_up, E, F2 // 2 * 2, D)
     check_shape("down", down, E, D, F2 // 2)
-    check_shape("index", index, T, index.shape[-1])
+    if index.ndim != 2:
+        raise ValueError(f"index has shape {list(index.shape)}, want [{T}, k]")
+    check_shape("index", index, T, index.shape[1])
+    if index.dtype != torch.int64 or index.device != x.device:
+        raise ValueError(f"index is {index.dtype} on {index.device}, want int64 on {x.device}")
     check_shape("weights", weights, *index.shape)
+    check_float("weights", weights, x)
     for name, w in (("gate_up", gate_up), ("down", down)):
         check_like(name, w, "x", x)
     reference_only("expert_mlp")

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kimi_kernels.checks import (
     accumulation_dtype,
+    check_float,
     check_like,
     check_shape,
     check_state,
@@ -49,8 +50,7 @@ def _check(q, k, v, g, beta, names, initial_state, cu_seqlens) -> None:
     for name, x in (("k", k), ("v", v)):
         check_like(name, x, "q", q)
     for name, x in ((g_name, g), (beta_name, beta)):
-        if not x.is_floating_point() or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, want floats on {q.device} as q")
+        check_float(name, x, q)
     bounds = sequence_bounds(cu_seqlens, q)
     N = B if bounds is None else len(bounds)
     check_state("initial_state", initial_state, q, accumulation_dtype(q.dtype), N, HV, K, V)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_shape
+from kimi_kernels.checks import accumulation_dtype, check_float, check_shape
 
 L2_EPS = 1e-6
 
@@ -33,9 +33,14 @@ def kda_gate(f: Tensor, A_log: Tensor, dt_bias: Tensor, lower_bound: float | Non
     Raises:
         ValueError: a wrong shape, or a bound that is not finite and negative.
     """
+    if f.ndim < 2:
+        raise ValueError(f"f has shape {list(f.shape)}, want [..., H, K]")
+    check_float("f", f, f)
     H, K = f.shape[-2:]
     check_shape("A_log", A_log, H)
     check_shape("dt_bias", dt_bias, H * K)
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        check_float(name, x, f)
     if lower_bound is not None and not -float("inf") < lower_bound < 0:
         raise ValueError(f"lower_bound is {lower_bound}, want a finite number < 0, or None")
     acc = accumulation_dtype(f.dtype)

@@ -109,7 +109,7 @@ def kda_ref(
 
     def run(start: int, end: int, S: Tensor) -> tuple[Tensor, Tensor]:
         part = [t[:, :, start:end] for t in x]
-        return form(*part, S) if end > start else (part[2], S)
+        return form(*part, S) if end > start else (part[2], S.clone())
 
     if bounds is None:
         o, S = run(0, T, initial_state)

@@ -1,0 +1,174 @@
+"""Which implementation runs: the context manager, the environment variable, the refusals."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kimi_kernels
+from kimi_kernels import (
+    backend,
+    causal_conv,
+    chunk_kda,
+    dispatch,
+    expert_mlp,
+    fused_kda,
+    gated_rms_norm,
+    latent_attention,
+    recurrent_kda,
+    route,
+)
+from tests.kernels.kda_cases import make_inputs, make_raw
+
+x, w = torch.ones(3, 8), torch.ones(8)
+kda, raw = make_inputs(3), make_raw(3)
+
+WITHOUT_KERNEL = {  # an op leaves this list, and this test, when it gets its kernel
+    "chunk_kda": lambda: chunk_kda(**kda),
+    "recurrent_kda": lambda: recurrent_kda(**kda),
+    "fused_kda": lambda: fused_kda(**raw),
+    "causal_conv": lambda: causal_conv((x[None],), torch.ones(8, 4)),
+    "latent_attention": lambda: latent_attention(
+        x.view(1, 3, 2, 4), x[None], torch.ones(12, 8), scale=1.0
+    ),
+    "route": lambda: route(x, w, 2),
+    "expert_mlp": lambda: expert_mlp(
+        x, torch.ones(2, 4, 8), torch.ones(2, 8, 2), torch.zeros(3, 1).long(), torch.ones(3, 1)
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def start_from_auto(monkeypatch):
+    """Whatever KIMI_KERNELS_BACKEND the tests themselves run under."""
+    monkeypatch.setattr(dispatch, "_backend", "auto")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The implementations of gated_rms_norm that ran, in order."""
+    from kimi_kernels import gated_norm, gated_norm_triton
+
+    names = []
+
+    def spy(module, attribute, name):
+        original = getattr(module, attribute)
+
+        def noted(*args):
+            names.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, attribute, noted)
+
+    spy(gated_norm, "gated_rms_norm_ref", "reference")
+    spy(gated_norm_triton, "gated_rms_norm_fwd", "triton")
+    return names
+
+
+def test_auto_is_the_reference_on_a_cpu(ran):
+    gated_rms_norm(x, x, w)
+    with backend("auto"):
+        gated_rms_norm(x, x, w)
+    assert ran == ["reference", "reference"]
+
+
+@pytest.mark.gpu
+def test_auto_is_triton_on_a_gpu(ran):
+    gated_rms_norm(x.cuda(), x.cuda(), w.cuda())
+    assert ran == ["triton"]
+
+
+def test_float64_has_the_reference_only():
+    with backend("triton"), pytest.raises(ValueError, match=r"^backend is triton, but .* float64"):
+        gated_rms_norm(x.double(), x.double(), w)
+
+
+def test_backends_nest_and_are_restored(ran):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = [t.to(device) for t in (x, x, w)]
+    with backend("triton"):
+        gated_rms_norm(*args)
+        with backend("reference"):
+            gated_rms_norm(*args)
+        gated_rms_norm(*args)
+    assert ran == ["triton", "reference", "triton"]
+    assert dispatch._backend == "auto"
+
+
+def test_an_exception_restores_the_backend():
+    with pytest.raises(KeyError), backend("triton"):
+        raise KeyError
+    assert dispatch._backend == "auto"
+
+
+@pytest.mark.parametrize("name", ["", "Triton", "cuda", None])
+def test_unknown_backend(name):
+    message = r"^backend must be auto, triton or reference, got"
+    with pytest.raises(ValueError, match=message), backend(name):
+        pass
+    assert dispatch._backend == "auto"
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNEL)
+def test_forced_triton_without_a_kernel(name):
+    op = WITHOUT_KERNEL[name]
+    for allowed in ("auto", "reference"):
+        with backend(allowed):
+            op()
+    with backend("triton"), pytest.raises(ValueError, match=rf"\b{name} has no Triton kernel"):
+        op()
+
+
+def test_forced_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with backend("triton"), pytest.raises(ValueError, match=r"backend is triton.* on cpu"):
+        gated_rms_norm(x, x, w)
+
+
+def test_forced_triton_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    gated_rms_norm(x, x, w)
+    with backend("triton"), pytest.raises(ValueError, match=r"triton package is not installed"):
+        gated_rms_norm(x, x, w)
+
+
+def test_bad_input_is_refused_before_the_backend():
+    with backend("triton"), pytest.raises(ValueError, match=r"^k\b"):
+        chunk_kda(**(kda | {"k": kda["q"][..., :2]}))
+
+
+@pytest.mark.parametrize("value", [None, "auto", "triton", "reference"])
+def test_environment_variable(value, monkeypatch):
+    monkeypatch.delenv("KIMI_KERNELS_BACKEND", raising=False)
+    if value is not None:
+        monkeypatch.setenv("KIMI_KERNELS_BACKEND", value)
+    assert runpy.run_path(dispatch.__file__)["_backend"] == (value or "auto")
+
+
+def test_environment_variable_with_an_unknown_name(monkeypatch):
+    monkeypatch.setenv("KIMI_KERNELS_BACKEND", "cuda")
+    message = r"^KIMI_KERNELS_BACKEND must be auto, triton or reference, got 'cuda'$"
+    with pytest.raises(ValueError, match=message):
+        runpy.run_path(dispatch.__file__)
+
+
+def test_environment_variable_in_a_new_process():
+    """It forces the ops, and importing them does not import triton."""
+    code = """if True:
+        import sys, torch, kimi_kernels
+        assert "triton" not in sys.modules
+        try:
+            kimi_kernels.route(torch.zeros(1, 2), torch.zeros(2), 1)
+        except ValueError as error:
+            print(error)
+    """
+    env = os.environ | {"PYTHONPATH": str(Path(kimi_kernels.__file__).parents[1])}
+    env["KIMI_KERNELS_BACKEND"] = "triton"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    message = "backend is triton, but route has no Triton kernel: use auto or reference"
+    assert done.stdout.strip() == message

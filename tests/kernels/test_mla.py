@@ -1,0 +1,291 @@
+"""latent_attention against a softmax written out per head and query."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from kimi_kernels import latent_attention, mla
+from tests.helpers import assert_as_good_as
+
+NAMES = ("o", "dq", "dlatent", "dw_kv")
+SIZES = {"H": 3, "D_n": 4, "P": 2, "D_v": 5, "R": 6}
+
+
+def naive_attention(q, latent, w_kv, scale, positions):
+    """Keys and values of every head built out, then one softmax per head and query."""
+    (B, T, H, D), L, R = q.shape, latent.shape[2], w_kv.shape[1]
+    D_n = D - (L - R)
+    c, k_r = latent[..., :R], latent[..., R:]
+    rows = []
+    for b in range(B):
+        for t in range(T):
+            seen = int(positions[b, t]) + 1
+            for w in w_kv.view(H, -1, R):
+                h = len(rows) % H
+                k = torch.cat((c[b, :seen] @ w[:D_n].T, k_r[b, :seen]), -1)
+                p = torch.exp(scale * (k @ q[b, t, h]))
+                rows.append((p / p.sum()) @ (c[b, :seen] @ w[D_n:].T))
+    D_v = w_kv.shape[0] // H - D_n
+    return torch.stack(rows).view(B, T, H, D_v) if rows else q.new_zeros(B, T, H, D_v)
+
+
+def last(B, T, S):
+    """Positions of T queries that are the last of S tokens."""
+    return torch.arange(S - T, S).expand(B, T)
+
+
+def make(T, S, *, B=2, H=3, D_n=4, P=2, D_v=5, R=6, dtype=torch.float64):
+    q = torch.randn(B, T, H, D_n + P).to(dtype)
+    latent, w_kv = torch.randn(B, S, R + P), torch.randn(H * (D_n + D_v), R) / R**0.5
+    return q, latent.to(dtype), w_kv.to(dtype)
+
+
+def run(args, do, op=latent_attention, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in args]
+    o = op(*leaves, scale=0.4, **options)
+    return o.detach(), *torch.autograd.grad(o, leaves, do.to(o.dtype))
+
+
+def check(args, positions=None, **options):
+    """Value and gradients against the naive loop in fp64, and both forms are equal."""
+    (B, T, H, D), S, (rows, R) = args[0].shape, args[1].shape[1], args[2].shape
+    D_n = D - (args[1].shape[2] - R)
+    do = torch.randn(B, T, H, rows // H - D_n).double()
+    where = last(B, T, S) if positions is None else positions
+    gold = run(args, do, naive_attention, positions=where)
+    got = run(args, do, positions=positions, **options)
+    results = [got, run(args, do, form(mla._absorbed), positions=where)]
+    results += [run(args, do, form(mla._expanded), positions=where)]
+    for result in results:
+        for name, a, b in zip(NAMES, result, gold, strict=True):
+            assert_as_good_as(name, a, b, b)
+
+
+def form(inner):
+    """One of the two forms, behind the arguments of the public function."""
+
+    def op(q, latent, w_kv, *, scale, positions):
+        mask = torch.arange(latent.shape[1]) <= positions[..., None]
+        w = w_kv.view(q.shape[2], -1, w_kv.shape[1])
+        return inner(q, latent, w, w_kv.shape[1], scale, mask)
+
+    return op
+
+
+# ---- values and gradients ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T, S", [(7, 7), (1, 9), (4, 9), (8, 9), (2, 40)])
+def test_against_naive(T, S):
+    check(make(T, S))
+
+
+def test_one_token_gets_its_own_value():
+    q, latent, w_kv = make(1, 1)
+    o = latent_attention(q, latent, w_kv, scale=0.4)
+    v = (latent[..., :6] @ w_kv.view(3, 9, 6)[:, 4:].mT[:, None]).view(3, 2, 1, 5)
+    assert_as_good_as("o", o, v.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"P": 0}, {"D_v": 1}, {"D_v": 9}, {"D_v": 4}, {"H": 1}, {"R": 1}, {"D_n": 1}, {"R": 30}],
+    ids=str,
+)
+@pytest.mark.parametrize("T, S", [(6, 6), (2, 6)])
+def test_shapes(change, T, S):
+    check(make(T, S, **(SIZES | change)))
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_positions(T):
+    """Any positions: not sorted, repeated, different in every row; later latents do not count."""
+    check(make(T, 9), positions=torch.randint(0, 9, (2, T)))
+
+
+def test_positions_of_the_last_tokens_are_the_default():
+    args = make(4, 9)
+    want = latent_attention(*args, scale=0.4)
+    got = latent_attention(*args, scale=0.4, positions=last(2, 4, 9))
+    assert_as_good_as("o", got, want, want)
+
+
+def test_unseen_latents_may_hold_anything():
+    """A cache is longer than what is filled: the rest changes no bit."""
+    q, latent, w_kv = make(2, 9, dtype=torch.float32)
+    positions = torch.tensor([[3, 5], [0, 5]])
+    other = latent.clone()
+    other[:, 6:] = 1e4 * torch.randn_like(other[:, 6:])
+    a, b = (latent_attention(q, x, w_kv, scale=0.4, positions=positions) for x in (latent, other))
+    assert torch.equal(a, b)
+
+
+def test_large_scores_do_not_overflow():
+    q, latent, w_kv = make(5, 9, dtype=torch.float32)
+    for T in (5, 1):
+        o = latent_attention(1e3 * q[:, :T], 1e3 * latent, w_kv, scale=1.0)
+        assert torch.isfinite(o).all()
+
+
+@pytest.mark.parametrize("T, S", [(0, 0), (0, 5)])
+def test_without_queries(T, S):
+    assert latent_attention(*make(T, S), scale=0.4).shape == (2, T, 3, 5)
+
+
+@pytest.mark.parametrize("T, S", [(70, 70), (3, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype, T, S):
+    sizes = {"H": 2, "D_n": 16, "P": 8, "D_v": 12, "R": 32}
+    args, do = make(T, S, dtype=dtype, **sizes), torch.randn(2, T, 2, 12).to(dtype).double()
+    where = last(2, T, S)
+
+    def plain(q, latent, w_kv, *, scale, positions):  # the naive order, in this dtype
+        c, k_r = latent[..., :32], latent[..., 32:]
+        kv = (c @ w_kv.T).unflatten(-1, (2, 28)).transpose(1, 2)
+        k = torch.cat((kv[..., :16], k_r[:, None].expand(-1, 2, -1, -1)), -1)
+        s = (q.transpose(1, 2) @ k.mT).float() * scale
+        later = torch.arange(S) > positions[:, None, :, None]
+        p = s.masked_fill(later, -torch.inf).softmax(-1).to(dtype)
+        return (p @ kv[..., 16:]).transpose(1, 2)
+
+    got, ref = run(args, do), run(args, do, plain, positions=where)
+    gold = run([x.double() for x in args], do, naive_attention, positions=where)
+    for name, a, b, c in zip(NAMES, got, ref, gold, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as(name, a, b, c)
+
+
+@pytest.mark.parametrize("T, S", [(3, 3), (1, 3)])
+def test_gradcheck(T, S):
+    args = make(T, S, B=1, H=2, D_n=2, P=1, D_v=3, R=2)
+    leaves = [x.requires_grad_() for x in args]
+    assert gradcheck(lambda *x: latent_attention(*x, scale=0.4), leaves)
+
+
+@pytest.mark.parametrize("T, R, absorbed", [(1, 512, True), (64, 512, True), (10**5, 512, False)])
+def test_few_queries_take_the_absorbed_form(T, R, absorbed):
+    assert mla.absorbed_is_cheaper(T, R, P=64, D_n=128, D_v=128) is absorbed
+
+
+# ---- time --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [[1, 2, 3], [5], [2, 6]])
+def test_in_pieces_is_at_once(cuts):
+    q, latent, w_kv = make(8, 8)
+    want = latent_attention(q, latent, w_kv, scale=0.4)
+    pieces = [
+        latent_attention(q[:, a:b], latent[:, :b], w_kv, scale=0.4)
+        for a, b in itertools.pairwise([0, *cuts, 8])
+    ]
+    assert_as_good_as("o", torch.cat(pieces, 1), want, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("S", [12, 20])
+def test_later_tokens_change_no_bit(S, dtype):
+    q, latent, w_kv = make(12, S, dtype=dtype)
+    q2, latent2 = q.clone(), latent.clone()
+    q2[:, 5:], latent2[:, S - 7 :] = q[:, 5:].flip(0), latent[:, S - 7 :].flip(0)
+    a, b = (latent_attention(*x, w_kv, scale=0.4) for x in ((q, latent), (q2, latent2)))
+    assert torch.equal(a[:, :5], b[:, :5]) and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("lengths", [[3, 4], [0, 2, 0, 5, 1, 0], [7], [0, 0]], ids=str)
+def test_packed_is_separate(lengths, cu_dtype):
+    T = sum(lengths)
+    args = make(T, T, B=1)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+
+    def one_by_one(q, latent, w_kv, *, scale):
+        outs = [
+            latent_attention(q[:, a:b], latent[:, a:b], w_kv, scale=scale)
+            for a, b in itertools.pairwise(ends)
+        ]
+        return torch.cat(outs, 1)
+
+    do = torch.randn(1, T, 3, 5).double()
+    got, want = run(args, do, cu_seqlens=ends.to(cu_dtype)), run(args, do, one_by_one)
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert_as_good_as(name, a, b, b)
+
+
+def test_a_packed_document_does_not_see_its_neighbours():
+    q, latent, w_kv = make(9, 9, B=1)
+    do, cu = torch.randn(1, 9, 3, 5).double(), torch.tensor([0, 2, 6, 9])
+    q2, latent2, do2 = (x.flip(1) for x in (q, latent, do))
+    for old, new in ((q, q2), (latent, latent2), (do, do2)):
+        new[:, 2:6] = old[:, 2:6]
+    a = run((q, latent, w_kv), do, cu_seqlens=cu)
+    b = run((q2, latent2, w_kv), do2, cu_seqlens=cu)
+    for name, x, y in zip(NAMES[:3], a, b, strict=False):
+        assert torch.equal(x[:, 2:6], y[:, 2:6]) and not torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("T", [9, 1])
+def test_two_runs_are_bit_equal_and_modify_nothing(T):
+    args, do = make(T, 9, dtype=torch.float32), torch.randn(2, T, 3, 5)
+    before = [x.clone() for x in args]
+    for a, b in zip(run(args, do), run(args, do), strict=True):
+        assert torch.equal(a, b)
+    latent_attention(*args, scale=0.4)
+    for a, b in zip(args, before, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("T", [9, 1])
+def test_non_contiguous(T):
+    args = make(T, 9)
+    want = latent_attention(*args, scale=0.4)
+    got = latent_attention(*(x.mT.contiguous().mT for x in args), scale=0.4)
+    assert_as_good_as("o", got, want, want)
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("q, latent, w_kv", {"q": torch.zeros(2, 4, 18)}),
+        ("q, latent, w_kv", {"latent": torch.zeros(2, 4, 1, 8)}),
+        ("q, latent, w_kv", {"w_kv": torch.zeros(3, 9, 6)}),
+        ("q", {x: torch.zeros(s).long() for x, s in zip(
+            ("q", "latent", "w_kv"), ((2, 4, 3, 6), (2, 4, 8), (27, 6)), strict=True)}),
+        ("latent", {"latent": torch.zeros(1, 4, 8)}),
+        ("latent", {"latent": torch.zeros(2, 4, 8).double()}),
+        ("latent", {"latent": torch.zeros(2, 4, 8, device="meta")}),
+        ("latent", {"latent": torch.zeros(2, 3, 8)}),
+        ("w_kv", {"w_kv": torch.zeros(27, 6).bfloat16()}),
+        ("w_kv", {"w_kv": torch.zeros(28, 6)}),
+        ("w_kv", {"w_kv": torch.zeros(12, 6)}),
+        ("w_kv", {"w_kv": torch.zeros(27, 9)}),
+        ("w_kv", {"w_kv": torch.zeros(27, 2)}),
+        ("positions", {"positions": torch.zeros(2, 3).long()}),
+        ("positions", {"positions": torch.zeros(4).long()}),
+        ("positions", {"positions": torch.zeros(2, 4)}),
+        ("positions", {"positions": torch.zeros(2, 4, device="meta").long()}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 4])}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 4]), "positions": last(2, 4, 4)}),
+    ],
+)  # fmt: skip
+def test_errors(name, change):
+    good = {"q": torch.zeros(2, 4, 3, 6), "latent": torch.zeros(2, 4, 8)}
+    good |= {"w_kv": torch.zeros(27, 6)}
+    latent_attention(**good, scale=1.0)
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        latent_attention(**(good | change), scale=1.0)
+
+
+@pytest.mark.parametrize("cu", [[1, 4], [0, 3, 2, 4], [0, 3], [0, 5], [[0, 4]], [0], [0.0, 4.0]])
+def test_bad_cu_seqlens(cu):
+    with pytest.raises(ValueError, match=r"^cu_seqlens\b"):
+        latent_attention(*make(4, 4, B=1), scale=1.0, cu_seqlens=torch.tensor(cu))
+
+
+def test_packed_queries_need_all_their_latents():
+    with pytest.raises(ValueError, match=r"^latent\b"):
+        latent_attention(*make(4, 6, B=1), scale=1.0, cu_seqlens=torch.tensor([0, 4]))
