@@ -1,0 +1,36 @@
+"""The first forward call of a fresh process: what kernel compilation and autotuning cost.
+
+    python -m benchmarks.cold OP PROVIDER SHAPE     prints milliseconds
+
+Imports and inputs come before the clock starts. `run` starts it with an empty TRITON_CACHE_DIR.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from importlib import import_module
+
+import torch
+
+from benchmarks.inputs import Shape
+from benchmarks.ops import DTYPE, OPS
+from benchmarks.timing import synchronize
+
+
+def first_call(op_name: str, provider: str, shape: Shape) -> float:
+    """Wall milliseconds until the device is done."""
+    op = next(op for op in OPS if (op.name, op.timer) == (op_name, "process"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.suppress(ImportError):
+        import_module("triton")
+    call = op.providers[provider].build(op.inputs(shape, DTYPE, device))
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    print(first_call(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))

@@ -1,0 +1,82 @@
+"""The random data that every provider of an op gets, drawn as a model starts out (TR section 4).
+
+A shape is a dict of letters (CONTRIBUTING.md). Two draws for the same shape are equal.
+"""
+
+import torch
+from torch import Tensor
+
+Shape = dict[str, int]
+Inputs = dict[str, Tensor]
+
+
+class _Draw:
+    """Seeded random tensors of one dtype on one device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.dtype, self.device = dtype, device
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        return torch.randn(shape, dtype=dtype, device=self.device, generator=self.generator)
+
+    def uniform(self, *shape: int, low: float, high: float) -> Tensor:
+        """In fp32."""
+        x = torch.rand(shape, device=self.device, generator=self.generator)
+        return low + (high - low) * x
+
+    def gate(self, H: int, K: int) -> Inputs:
+        """A_log [H] with A ~ U(1, 16); dt_bias [H * K] with softplus(dt_bias) ~ logU(1e-3, 0.1)."""
+        dt = 10 ** self.uniform(H * K, low=-3, high=-1)
+        A_log = self.uniform(H, low=1, high=16).log()
+        return {"A_log": A_log, "dt_bias": dt + (-torch.expm1(-dt)).log()}
+
+
+def kda_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Arguments of `fused_kda`: q, k, f [B, T, H, K], v [B, T, H, V], b [B, T, H], the gate's."""
+    B, T, H, K, V = (shape[letter] for letter in "BTHKV")
+    draw = _Draw(dtype, device)
+    x = {name: draw.normal(B, T, H, d) for name, d in (("q", K), ("k", K), ("v", V), ("f", K))}
+    return x | {"b": draw.normal(B, T, H)} | draw.gate(H, K)
+
+
+def kda_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`kda_inputs`, and the gradient of the output, do [B, T, H, V]."""
+    x = kda_inputs(shape, dtype, device)
+    return x | {"do": _Draw(dtype, device).normal(*x["v"].shape)}
+
+
+def kda_step_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """One token per sequence before the convolution, and the states that it meets."""
+    B, H, K, V, W = (shape[letter] for letter in "BHKVW")
+    D = H * (2 * K + V)  # channels of q, k and v side by side
+    draw = _Draw(dtype, device)
+    return draw.gate(H, K) | {
+        "q": draw.normal(B, 1, H * K),
+        "k": draw.normal(B, 1, H * K),
+        "v": draw.normal(B, 1, H * V),
+        "f": draw.normal(B, 1, H, K),
+        "b": draw.normal(B, 1, H),
+        "gate": draw.normal(B, 1, H, V),
+        "conv_weight": draw.normal(D, W) / W**0.5,
+        "conv_state": draw.normal(B, W - 1, D),
+        "norm_weight": 1 + 0.1 * draw.normal(V),
+        "state": draw.normal(B, H, K, V, dtype=torch.float32),
+    }
+
+
+def conv_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Three projections q, k, v [B, T, H * K] and weight [3 * H * K, W]."""
+    B, T, H, K, W = (shape[letter] for letter in "BTHKW")
+    draw = _Draw(dtype, device)
+    x = {name: draw.normal(B, T, H * K) for name in "qkv"}
+    return x | {"weight": draw.normal(3 * H * K, W) / W**0.5}
+
+
+def gated_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Arguments of `gated_rms_norm`: x, g [B, T, H, V] and w [V]."""
+    B, T, H, V = (shape[letter] for letter in "BTHV")
+    draw = _Draw(dtype, device)
+    x = {name: draw.normal(B, T, H, V) for name in "xg"}
+    return x | {"w": 1 + 0.1 * draw.normal(V)}

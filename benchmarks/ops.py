@@ -1,0 +1,207 @@
+"""What is measured: each op with its shapes, its cost and who computes it. No code but formulas.
+
+FLOPs are those of the algorithm (TR section 6.2, chunks of 64), 2 per multiply-add; bytes are the
+fewest that must pass through device memory, each input read and each output written once. The
+larger of the two times is the op's `floor`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from benchmarks import inputs as data
+from benchmarks import providers as by
+from benchmarks.inputs import Inputs, Shape
+from benchmarks.providers import Build, Provider, forward, reference, train
+
+DTYPE = torch.bfloat16
+SIZE = DTYPE.itemsize  # bytes
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op in one mode.
+
+    Attributes:
+        tests: glob of the test files that guard it, from the root of the repository.
+        inputs: draws the inputs for a shape, in a dtype, on a device.
+        providers: by name; those of one op get the same inputs.
+        check: letters that change for the check against the provider `reference`, to make a small
+            shape; None: no check.
+        timer: `events`: single calls; `graph`: calls in a CUDA graph, on different memory;
+            `process`: the first call of a fresh process.
+    """
+
+    name: str
+    mode: str
+    tests: str
+    shapes: tuple[Shape, ...]
+    flops: Callable[[Shape], float]
+    bytes: Callable[[Shape], float]
+    inputs: Callable[[Shape, torch.dtype, torch.device], Inputs]
+    providers: dict[str, Provider]
+    check: Shape | None = None
+    timer: Literal["events", "graph", "process"] = "events"
+
+
+def _kda_shape(B: int, T: int, H: int = 32) -> Shape:
+    return {"B": B, "T": T, "H": H, "K": 128, "V": 128}
+
+
+def _step_shape(B: int) -> Shape:
+    return {"B": B, "H": 32, "K": 128, "V": 128, "W": 4}
+
+
+def _tokens(s: Shape) -> int:
+    """Tokens times heads."""
+    return s["B"] * s["T"] * s["H"]
+
+
+def _kda_flops(s: Shape) -> float:
+    """Forward."""
+    K, V, C = s["K"], s["V"], 64
+    return _tokens(s) * (6 * K * V + C * (2 * K + V) + C * C)
+
+
+def _kda_bytes(s: Shape) -> float:
+    """q, k, f, v, b in; o out."""
+    return _tokens(s) * SIZE * (3 * s["K"] + 2 * s["V"] + 1)
+
+
+def _kda_train_bytes(s: Shape) -> float:
+    """The forward pass; then the same five and do in, five gradients out."""
+    return _kda_bytes(s) + _tokens(s) * SIZE * (6 * s["K"] + 3 * s["V"] + 2)
+
+
+def _step_flops(s: Shape) -> float:
+    B, H, K, V, W = (s[letter] for letter in "BHKVW")
+    return B * H * (7 * K * V + 2 * W * (2 * K + V) + 8 * V)
+
+
+def _step_bytes(s: Shape) -> float:
+    """Both states in and out; projections, f, b, gate and weights in; o out."""
+    B, H, K, V, W = (s[letter] for letter in "BHKVW")
+    D = H * (2 * K + V)
+    state = 2 * B * H * K * V * 4
+    return state + SIZE * (B * (D + H * K + H + 2 * H * V + 2 * (W - 1) * D) + D * W)
+
+
+def _small(limit: int) -> Callable[[Shape], bool]:
+    """Up to `limit` tokens times heads."""
+    return lambda s: _tokens(s) <= limit
+
+
+def _fla(build: Build, expected: Build | None = None) -> Provider:
+    return Provider(build, module="fla", package="fla-core", expected=expected)
+
+
+def _flash_kda(build: Build, expected: Build | None = None) -> Provider:
+    return Provider(build, module="flash_kda", package="flash_kda", expected=expected)
+
+
+BOUNDED = reference(forward(by.our_bounded_kda))
+KDA_TESTS = "tests/kernels/test_kda*.py"
+
+OPS = (
+    Op(
+        name="kda",
+        mode="forward",
+        tests=KDA_TESTS,
+        shapes=(
+            _kda_shape(1, 2048),
+            _kda_shape(1, 8192),
+            _kda_shape(1, 65536),
+            _kda_shape(8, 2048),
+            _kda_shape(1, 1048576, 8),
+        ),
+        flops=_kda_flops,
+        bytes=_kda_bytes,
+        inputs=data.kda_inputs,
+        check={"B": 1, "T": 256},
+        providers={
+            "ours": Provider(forward(by.our_kda)),
+            "fla": _fla(forward(by.fla_kda)),
+            "fla_bounded": _fla(forward(by.fla_bounded_kda), BOUNDED),
+            "flash_kda": _flash_kda(forward(by.flash_kda), BOUNDED),
+            "reference": Provider(reference(forward(by.our_kda)), fits=_small(2048 * 32)),
+        },
+    ),
+    Op(
+        name="kda",
+        mode="train",
+        tests=KDA_TESTS,
+        shapes=(_kda_shape(1, 2048), _kda_shape(1, 8192), _kda_shape(8, 2048)),
+        flops=lambda s: 3 * _kda_flops(s),
+        bytes=_kda_train_bytes,
+        inputs=data.kda_train_inputs,
+        check={"B": 1, "T": 256},
+        providers={
+            "ours": Provider(train(by.our_kda)),
+            "fla": _fla(train(by.fla_kda)),
+            "reference": Provider(reference(train(by.our_kda)), fits=_small(2048 * 32)),
+        },
+    ),
+    Op(
+        name="kda_step",
+        mode="decode",
+        tests=KDA_TESTS,
+        shapes=tuple(_step_shape(B) for B in (1, 32, 128, 256)),
+        flops=_step_flops,
+        bytes=_step_bytes,
+        inputs=data.kda_step_inputs,
+        check={"B": 2},
+        providers={
+            "ours": Provider(by.our_kda_step),
+            "fla": _fla(by.fla_kda_step),
+            "fla_recurrence": _fla(by.fla_recurrence, reference(by.recurrence)),
+            "reference": Provider(reference(by.kda_step_in_parts), fits=lambda s: s["B"] <= 32),
+        },
+        timer="graph",
+    ),
+    Op(
+        name="conv",
+        mode="forward",
+        tests="tests/kernels/test_causal_conv.py",
+        shapes=({"B": 1, "T": 8192, "H": 32, "K": 128, "W": 4},),
+        flops=lambda s: _tokens(s) * 3 * s["K"] * 2 * s["W"],
+        bytes=lambda s: SIZE * 3 * s["K"] * (2 * _tokens(s) + s["H"] * s["W"]),
+        inputs=data.conv_inputs,
+        check={"T": 256},
+        providers={
+            "ours": Provider(forward(by.our_conv)),
+            "fla": _fla(forward(by.fla_conv)),
+            "reference": Provider(reference(forward(by.our_conv))),
+        },
+    ),
+    Op(
+        name="gated_norm",
+        mode="forward",
+        tests="tests/kernels/test_gated_norm.py",
+        shapes=({"B": 1, "T": 8192, "H": 32, "V": 128},),
+        flops=lambda s: _tokens(s) * s["V"] * 8,
+        bytes=lambda s: SIZE * s["V"] * (3 * _tokens(s) + 1),
+        inputs=data.gated_norm_inputs,
+        check={"T": 256},
+        providers={
+            "ours": Provider(forward(by.our_norm)),
+            "fla": _fla(by.fla_norm),
+            "reference": Provider(reference(forward(by.our_norm))),
+        },
+    ),
+    Op(
+        name="kda",
+        mode="cold",
+        tests=KDA_TESTS,
+        shapes=(_kda_shape(1, 8192),),
+        flops=_kda_flops,
+        bytes=_kda_bytes,
+        inputs=data.kda_inputs,
+        providers={
+            "ours": Provider(forward(by.our_kda)),
+            "fla": _fla(forward(by.fla_kda)),
+        },
+        timer="process",
+    ),
+)

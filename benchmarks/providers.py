@@ -1,0 +1,256 @@
+"""Who computes an op: adapters from our inputs to each library's function.
+
+A builder takes the inputs of an op and returns a call without arguments, which returns a tuple of
+tensors: of a forward pass the outputs, of a training step the outputs and the gradient of every
+input, of a decode step the output and the new state. A library is imported by its builder.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kimi_kernels
+from benchmarks.inputs import Inputs, Shape
+from kimi_kernels import backend, causal_conv, fused_kda, gated_rms_norm
+
+Call = Callable[[], tuple[Tensor, ...]]
+Build = Callable[[Inputs], Call]
+
+LOWER_BOUND = -5.0  # of the bounded gate: the only one that fla's and FlashKDA's fast paths take
+FLA_IN_KERNEL = {
+    "use_qk_l2norm_in_kernel": True,
+    "use_gate_in_kernel": True,
+    "use_beta_sigmoid_in_kernel": True,
+}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute an op.
+
+    Attributes:
+        build: see the module.
+        module: the import name of an optional library, None for our own code.
+        package: its distribution, for the version.
+        expected: builds the reference it has to agree with, where that is not the op's own.
+        fits: the shapes it is run at.
+    """
+
+    build: Build
+    module: str | None = None
+    package: str | None = None
+    expected: Build | None = None
+    fits: Callable[[Shape], bool] = lambda shape: True
+
+
+def forward(load: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]) -> Build:
+    """A forward pass without autograd of the function that `load` returns."""
+
+    def build(x: Inputs) -> Call:
+        op = load()
+
+        @torch.no_grad()
+        def call():
+            o = op(**x)
+            return (o,) if isinstance(o, Tensor) else o
+
+        return call
+
+    return build
+
+
+def train(load: Callable[[], Callable[..., Tensor]]) -> Build:
+    """Forward and backward, from the gradient `do` among the inputs to that of every other one."""
+
+    def build(x: Inputs) -> Call:
+        op = load()
+        leaves = {name: t.detach().requires_grad_() for name, t in x.items() if name != "do"}
+
+        def call():
+            o = op(**leaves)
+            return o.detach(), *torch.autograd.grad(o, tuple(leaves.values()), x["do"])
+
+        return call
+
+    return build
+
+
+def reference(build: Build) -> Build:
+    """`build` with every call on the PyTorch reference."""
+
+    def on_reference(x: Inputs) -> Call:
+        call = build(x)
+
+        def run():
+            with backend("reference"):
+                return call()
+
+        return run
+
+    return on_reference
+
+
+# ---- kda ---------------------------------------------------------------------------------------
+
+
+def our_kda(lower_bound: float | None = None):
+    return lambda **x: fused_kda(**x, lower_bound=lower_bound)[0]
+
+
+def our_bounded_kda():
+    return our_kda(LOWER_BOUND)
+
+
+def fla_kda(**options):
+    chunk_kda = import_module("fla.ops.kda").chunk_kda
+
+    def op(q, k, v, f, b, A_log, dt_bias):
+        gate = {"A_log": A_log, "dt_bias": dt_bias}
+        return chunk_kda(q, k, v, f, b, **gate, **FLA_IN_KERNEL, **options)[0]
+
+    return op
+
+
+def fla_bounded_kda():
+    return fla_kda(lower_bound=LOWER_BOUND, safe_gate=True)
+
+
+def flash_kda():
+    fwd = import_module("flash_kda").fwd
+
+    def op(q, k, v, f, b, A_log, dt_bias):
+        H, K = q.shape[2:]
+        o = torch.empty_like(v)
+        fwd(q, k, v, f, b, K**-0.5, o, A_log, dt_bias.view(H, K), LOWER_BOUND)
+        return o
+
+    return op
+
+
+# ---- kda_step ----------------------------------------------------------------------------------
+
+
+def _projections(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return x["q"], x["k"], x["v"]
+
+
+def _heads(H: int, *xs: Tensor) -> list[Tensor]:
+    """[B, 1, H * d] -> [B, 1, H, d], each."""
+    return [x.unflatten(-1, (H, -1)) for x in xs]
+
+
+def our_kda_step(x: Inputs) -> Call:
+    conv_state, state = x["conv_state"].clone(), x["state"].clone()
+    args = (x["f"], x["b"], x["A_log"], x["dt_bias"], state, x["gate"], x["norm_weight"])
+    xs = _projections(x)
+
+    @torch.no_grad()
+    def call():
+        return kimi_kernels.kda_step(xs, x["conv_weight"], conv_state, *args), state
+
+    return call
+
+
+def kda_step_in_parts(x: Inputs) -> Call:
+    """The definition of the step: the ops of the model one after the other."""
+    H = x["f"].shape[2]
+    gate = (x["f"], x["b"], x["A_log"], x["dt_bias"])
+
+    @torch.no_grad()
+    def call():
+        xs, _ = causal_conv(_projections(x), x["conv_weight"], initial_state=x["conv_state"])
+        q, k, v = _heads(H, *xs)
+        o, S = fused_kda(q, k, v, *gate, initial_state=x["state"], output_final_state=True)
+        assert S is not None
+        return gated_rms_norm(o, x["gate"], x["norm_weight"]), S
+
+    return call
+
+
+def recurrence(x: Inputs) -> Call:
+    """The recurrence of the step alone, on q, k and v as they come."""
+    q, k, v = _heads(x["f"].shape[2], *_projections(x))
+    gate = (x["f"], x["b"], x["A_log"], x["dt_bias"])
+
+    @torch.no_grad()
+    def call():
+        o, S = fused_kda(q, k, v, *gate, initial_state=x["state"], output_final_state=True)
+        assert S is not None
+        return o, S
+
+    return call
+
+
+def _fla_recurrent(x: Inputs) -> Callable[..., tuple[Tensor, Tensor]]:
+    """fla's recurrent kernel from a state of its own; it writes the new state elsewhere."""
+    fused_recurrent_kda = import_module("fla.ops.kda").fused_recurrent_kda
+    options = {"A_log": x["A_log"], "dt_bias": x["dt_bias"], "initial_state": x["state"].clone()}
+    options |= FLA_IN_KERNEL | {"output_final_state": True}
+    return lambda q, k, v: fused_recurrent_kda(q, k, v, x["f"], x["b"], **options)
+
+
+def fla_recurrence(x: Inputs) -> Call:
+    op = _fla_recurrent(x)
+    q, k, v = _heads(x["f"].shape[2], *_projections(x))
+    return torch.no_grad()(lambda: op(q, k, v))
+
+
+def fla_kda_step(x: Inputs) -> Call:
+    """As fla's layer: one convolution per projection, the recurrence, the gated norm."""
+    update = import_module("fla.modules.convolution").causal_conv1d_update
+    recurrent, norm = _fla_recurrent(x), _fla_norm(x["norm_weight"])
+    xs, H = _projections(x), x["f"].shape[2]
+    sizes = [t.shape[-1] for t in xs]
+    weights = x["conv_weight"].split(sizes)
+    # fla keeps the last W inputs, [B, D, W], where W - 1 are needed
+    caches = [F.pad(s.mT, (1, 0)).contiguous() for s in x["conv_state"].split(sizes, -1)]
+    conv = list(zip(xs, caches, weights, strict=True))
+
+    @torch.no_grad()
+    def call():
+        ys = [update(x=t, cache=c, weight=w, activation="silu")[0] for t, c, w in conv]
+        o, S = recurrent(*_heads(H, *ys))
+        return norm(o, x["gate"]), S
+
+    return call
+
+
+# ---- conv, gated_norm --------------------------------------------------------------------------
+
+
+def our_conv():
+    return lambda q, k, v, weight: causal_conv((q, k, v), weight)[0]
+
+
+def fla_conv():
+    conv = import_module("fla.modules.convolution").causal_conv1d
+
+    def op(q, k, v, weight):
+        weights = weight.chunk(3)
+        return tuple(
+            conv(x=x, weight=w, activation="silu")[0]
+            for x, w in zip((q, k, v), weights, strict=True)
+        )
+
+    return op
+
+
+def our_norm():
+    return gated_rms_norm
+
+
+def _fla_norm(weight: Tensor):
+    norm = import_module("fla.modules").FusedRMSNormGated(
+        weight.shape[0], eps=1e-5, activation="sigmoid", device=weight.device, dtype=weight.dtype
+    )
+    norm.weight.data.copy_(weight)
+    return norm
+
+
+def fla_norm(x: Inputs) -> Call:
+    norm = _fla_norm(x["w"])
+    return torch.no_grad()(lambda: (norm(x["x"], x["g"]),))

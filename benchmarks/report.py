@@ -1,0 +1,161 @@
+"""Write the tables of the README from the results, and draw the plots.
+
+    python -m benchmarks.report            write
+    python -m benchmarks.report --check    exit with 1 if that would change anything
+
+The table of an op stands between `<!-- bench:OP -->` and `<!-- /bench:OP -->`.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.ops import OPS
+from benchmarks.plots import Drawing, draw, drawings
+from benchmarks.results import ROOT, Row, label, read
+
+BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+MODES = {"forward": "forward", "train": "forward + backward", "decode": "decode step"}
+MODES |= {"cold": "first call, nothing compiled"}
+PROVIDERS = {"fla_bounded": "fla, bounded gate", "flash_kda": "FlashKDA, bounded gate"}
+PROVIDERS |= {"fla_recurrence": "fla, recurrence alone"}
+MISSING = "-"
+T = TypeVar("T", str, tuple)
+
+
+def digits(x: float, n: int = 3) -> str:
+    """`n` significant digits, never fewer before the point: 0.0144, 1.26, 233, 12,345."""
+    return f"{x:,.{max(0, n - 1 - math.floor(math.log10(x)))}f}"
+
+
+def in_order(found: Iterable[T], order: Iterable[T]) -> list[T]:
+    """`found` without repeats: first as in `order`, then the others, sorted."""
+    position = {x: i for i, x in reversed(list(enumerate(order)))}
+    return sorted(set(found), key=lambda x: (position.get(x, len(position)), x))
+
+
+def provider_order(op: str) -> list[str]:
+    return [name for o in OPS if o.name == op for name in o.providers] + ["floor"]
+
+
+def constants(rows: Sequence[Row]) -> str:
+    """The letters beside B, T and H with their sizes: `K 128, V 128`."""
+    sizes: dict[str, set[int]] = {}
+    for row in rows:
+        for letter, size in row["shape"].items():
+            if letter not in "BTH":
+                sizes.setdefault(letter, set()).add(size)
+    return ", ".join(f"{letter} {'/'.join(map(str, sorted(s)))}" for letter, s in sizes.items())
+
+
+def cells(ms: dict[str, float], names: Sequence[str], compared: bool) -> list[str]:
+    """Of one row: the times in ms, and with `compared` ours as a fraction of fla's."""
+    times = [digits(ms[name]) if name in ms else MISSING for name in names]
+    if not compared:
+        return times
+    return [*times, f"{ms['ours'] / ms['fla']:.2f}" if {"ours", "fla"} <= set(ms) else MISSING]
+
+
+def table(op: str, rows: Sequence[Row]) -> list[str]:
+    """Markdown lines: a row per mode and shape, a column per provider."""
+    times: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        line = times.setdefault((row["mode"], *sorted(row["shape"].items())), {})
+        line[row["provider"]] = row["ms_p50"]
+    listed = [(o.mode, *sorted(s.items())) for o in OPS if o.name == op for s in o.shapes]
+    names = in_order((row["provider"] for row in rows), provider_order(op))
+    compared = {"ours", "fla"} <= set(names)
+    letters = " x ".join(letter for letter in "BTH" if letter in rows[0]["shape"])
+    head = ["mode", letters, *(PROVIDERS.get(name, name) for name in names)]
+    head += ["ours / fla"] if compared else []
+    lines: list[list[str]] = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for key in in_order(times, listed):
+        start = [MODES.get(key[0], key[0]), label(dict(key[1:]))]
+        lines.append([*start, *cells(times[key], names, compared)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def provenance(rows: Sequence[Row], every_row: Sequence[Row]) -> str:
+    """With what, when and at which commit the rows were measured, and what the GPU can do."""
+    rates = {row["op"]: row for row in every_row if row["op"] in ("copy", "matmul")}
+    parts = []
+    if "copy" in rates:
+        parts.append(f"Copy {digits(rates['copy']['gbps'] / 1e3)} TB/s")
+    if "matmul" in rates:
+        parts.append(f"matrix product {digits(rates['matmul']['tflops'])} TFLOP/s")
+    for package in ("torch", "triton"):
+        parts += [f"{package} {v}" for v in sorted({r[package] for r in rows if r[package]})]
+    parts += sorted({r["provider_version"] for r in rows if r["provider_version"]})
+    dates, commits = ({r[column] for r in rows if r[column]} for column in ("date", "git"))
+    when = " to ".join(sorted({min(dates), max(dates)}))
+    at = f" at {', '.join(sorted(commits))}" if commits else ""
+    return f"{', '.join(parts)}; measured {when}{at}."
+
+
+def section(op: str, rows: Sequence[Row], images: Sequence[str]) -> str:
+    """What stands between the markers of an op, for one GPU."""
+    mine = [row for row in rows if row["op"] == op]
+    gpu, dtype = mine[0]["gpu"], mine[0]["dtype"]
+    sizes = constants(mine)
+    caption = f"`{op}` on {gpu}, {dtype}{', ' if sizes else ''}{sizes}, ms:"
+    lines = ["", caption, "", *table(op, mine), "", provenance(mine, rows), ""]
+    for image in images:
+        lines += [f"![{op} on {gpu}: time per token]({image})", ""]
+    return "\n".join(lines)
+
+
+def readme_with(text: str, rows_of: dict[str, list[Row]], images: Sequence[Drawing], root: Path):
+    """The README with every block written anew; a block whose op has no rows is empty."""
+
+    def block(found: re.Match) -> str:
+        op = found[2]
+        sections = []
+        for gpu, rows in rows_of.items():
+            mine = [i.path for i in images if (i.gpu, i.plot.op) == (gpu, op)]
+            if any(row["op"] == op for row in rows):
+                sections.append(section(op, rows, [p.relative_to(root).as_posix() for p in mine]))
+        return found[1] + "".join(sections) + found[3]
+
+    return BLOCK.sub(block, text)
+
+
+def results(root: Path) -> dict[str, list[Row]]:
+    """GPU -> its rows, of all results files of a repository."""
+    files = sorted((root / "benchmarks/results").glob("*.jsonl"))
+    rows = [row for file in files for row in read(file)]
+    return {gpu: [r for r in rows if r["gpu"] == gpu] for gpu in sorted({r["gpu"] for r in rows})}
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Returns 1 if `--check` finds something out of date, 0 otherwise."""
+    summary = "Write the tables of the README and draw the plots from the results."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=summary)
+    parser.add_argument("--check", action="store_true", help="write nothing, report what would be")
+    check = parser.parse_args(argv).check
+
+    rows_of = results(root)
+    folder, readme = root / "benchmarks/plots", root / "README.md"
+    wanted = drawings(rows_of, folder)
+    text = readme.read_text("utf-8")
+    new_text = readme_with(text, rows_of, wanted, root)
+    undrawn = [drawing for drawing in wanted if not drawing.is_drawn()]
+    stale = sorted(set(folder.glob("*.svg")) - {drawing.path for drawing in wanted})
+    changed = [*([readme] if new_text != text else []), *(d.path for d in undrawn), *stale]
+    for path in changed:
+        print(f"{path.relative_to(root)}: {'out of date' if check else 'written'}")
+    if check:
+        return 1 if changed else 0
+    for drawing in undrawn:
+        draw(drawing, PROVIDERS)
+    readme.write_text(new_text, "utf-8")
+    for path in stale:
+        path.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""benchmarks.report: tables between the markers, plots, and --check."""
+
+import pytest
+
+from benchmarks import plots, report, results
+
+README = """# Title
+<!-- bench:kda -->
+<!-- /bench:kda -->
+between
+<!-- bench:conv -->
+old
+<!-- /bench:conv -->
+end
+"""
+EMPTY = README.replace("old\n", "")
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def make_row(provider="ours", ms=1.0, T=8192, **changes):
+    row = dict.fromkeys(results.COLUMNS)
+    row |= {"op": "kda", "mode": "forward", "provider": provider, "dtype": "bfloat16", "gpu": H100}
+    row |= {"shape": {"B": 1, "T": T, "H": 32, "K": 128, "V": 128}, "ms_p50": ms}
+    row |= {"torch": "2.11.0", "triton": "3.6.0", "git": "abc1234", "date": "2026-11-22"}
+    return row | changes
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A root with a README; called with rows, it writes them to the results files."""
+    (tmp_path / "README.md").write_text(README)
+
+    def add(*rows):
+        for row in rows:
+            path = tmp_path / "benchmarks" / "results" / f"{results.slug(row['gpu'])}.jsonl"
+            results.replace(path, row)
+        return tmp_path
+
+    return add
+
+
+def written(root) -> str:
+    assert report.main([], root) == 0
+    assert report.main(["--check"], root) == 0
+    return (root / "README.md").read_text()
+
+
+def table(text: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def test_table(repository):
+    root = repository(
+        make_row("floor", 0.1114),
+        make_row("fla", 1.2512, provider_version="fla-core 0.6.0"),
+        make_row("ours", 0.5671),
+        make_row("flash_kda", 1.0),
+        make_row("ours", 2.0, mode="train"),
+        make_row("fla", 1.0, mode="train"),
+        make_row("ours", 12345.6, mode="cold"),
+        make_row("torch", op="copy", shape={"N": 9}, gbps=3020.0),
+        make_row("torch", op="matmul", shape={"M": 9}, tflops=712.3),
+    )
+    assert report.main(["--check"], root) == 1
+    text = written(root)
+    head = ["mode", "B x T x H", "ours", "fla", "FlashKDA, bounded gate", "floor", "ours / fla"]
+    shape = "1 x 8192 x 32"
+    assert table(text) == [
+        head,
+        ["---", "---", *["---:"] * 5],
+        ["forward", shape, "0.567", "1.25", "1.00", "0.111", "0.45"],
+        ["forward + backward", shape, "2.00", "1.00", "-", "-", "2.00"],  # a row where we lose
+        ["first call, nothing compiled", shape, "12,346", "-", "-", "-", "-"],
+    ]
+    assert f"`kda` on {H100}, bfloat16, K 128, V 128, ms:" in text
+    assert (
+        "Copy 3.02 TB/s, matrix product 712 TFLOP/s, torch 2.11.0, triton 3.6.0, fla-core 0.6.0; "
+        "measured 2026-11-22 at abc1234." in text
+    )
+    assert text.startswith("# Title\n<!-- bench:kda -->\n") and text.endswith("end\n")
+    assert "<!-- bench:conv -->\n<!-- /bench:conv -->" in text
+
+
+def test_rows_are_ordered_as_declared(repository):
+    """Modes and shapes; a shape that is not declared comes last."""
+    shapes = [{"B": b, "T": t, "H": 32, "K": 128, "V": 128} for b, t in ((1, 77), (8, 2048))]
+    trained = [make_row(shape=shape, mode="train") for shape in shapes]
+    rows = table(written(repository(*trained, make_row(mode="train"), make_row())))[2:]
+    labels = ["1 x 8192 x 32", "1 x 8192 x 32", "8 x 2048 x 32", "1 x 77 x 32"]
+    assert [line[1] for line in rows] == labels
+    assert [line[0] for line in rows] == ["forward"] + 3 * ["forward + backward"]
+
+
+def test_a_table_per_gpu(repository):
+    text = written(repository(make_row(), make_row(gpu="NVIDIA H200", ms=0.5)))
+    assert [line[-1] for line in table(text)] == ["ours", "---:", "1.00", "ours", "---:", "0.500"]
+
+
+def test_what_was_measured_at_two_commits(repository):
+    text = written(repository(make_row(), make_row("fla", git="def5678", date="2026-11-30")))
+    assert "measured 2026-11-22 to 2026-11-30 at abc1234, def5678." in text
+
+
+def test_without_results(repository):
+    root = repository()
+    assert report.main(["--check"], root) == 1  # "old"
+    assert written(root) == EMPTY
+
+
+def test_results_that_are_gone(repository, capsys):
+    root = repository(make_row())
+    assert written(root) != EMPTY
+    (root / "benchmarks/results/h100.jsonl").unlink()
+    assert report.main(["--check"], root) == 1
+    assert "README.md: out of date" in capsys.readouterr().out
+    assert written(root) == EMPTY
+
+
+@pytest.mark.parametrize(
+    "x, text",
+    [(0.01442, "0.0144"), (0.1, "0.100"), (1.256, "1.26"), (23.34, "23.3"), (12345.6, "12,346")],
+)
+def test_digits(x, text):
+    assert report.digits(x) == text
+
+
+# ---- plots -------------------------------------------------------------------------------------
+
+
+def test_curves():
+    rows = [make_row(T=8192, ms=0.5), make_row(T=2048, ms=0.2), make_row("fla", T=2048)]
+    other_heads = make_row(shape={"B": 1, "T": 4096, "H": 8, "K": 128, "V": 128})
+    found = plots.curves(plots.PLOTS[0], [*rows, other_heads, make_row(mode="train")])
+    assert found == {"fla": [[2048, 488.3]], "ours": [[2048, 97.66], [8192, 61.04]]}
+    assert plots.curves(plots.PLOTS[0], rows[1:]) == {}
+
+
+def test_undrawn_plot(repository, capsys):
+    root = repository(make_row(T=2048), make_row(T=8192))
+    assert report.main(["--check"], root) == 1
+    assert "benchmarks/plots/kda_forward_h100.svg: out of date" in capsys.readouterr().out
+
+
+def test_plot(repository):
+    pytest.importorskip("matplotlib")
+    root = repository(make_row(T=2048), make_row(T=8192), make_row("floor", T=2048))
+    text, path = written(root), root / "benchmarks/plots/kda_forward_h100.svg"
+    assert f"](benchmarks/plots/{path.name})" in text
+    first = path.read_bytes()
+    assert b"<dc:date>" not in first
+    path.unlink()
+    assert written(root) == text
+    assert path.read_bytes() == first
+
+    repository(make_row(T=8192, git="def5678"))
+    assert report.main(["--check"], root) == 1
+    written(root)
+    assert path.read_bytes() == first, "the same numbers, the same plot"
+
+    repository(make_row(T=8192, ms=0.9))
+    assert report.main(["--check"], root) == 1
+    written(root)
+    assert path.read_bytes() != first
+
+
+def test_plot_that_is_no_longer_wanted(repository):
+    root = repository()
+    written(root)
+    plot = root / "benchmarks/plots/kda_forward_h100.svg"
+    plot.parent.mkdir(parents=True)
+    plot.touch()
+    assert report.main(["--check"], root) == 1
+    written(root)
+    assert not plot.exists()
