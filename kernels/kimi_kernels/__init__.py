@@ -3,7 +3,7 @@
 from kimi_kernels.causal_conv import causal_conv
 from kimi_kernels.dispatch import backend
 from kimi_kernels.gated_norm import gated_rms_norm
-from kimi_kernels.kda import chunk_kda, fused_kda, kda_gate, l2norm, recurrent_kda
+from kimi_kernels.kda import chunk_kda, fused_kda, kda_gate, kda_step, l2norm, recurrent_kda
 from kimi_kernels.mla import latent_attention
 from kimi_kernels.moe import expert_mlp, route
 
@@ -15,6 +15,7 @@ __all__ = [
     "fused_kda",
     "gated_rms_norm",
     "kda_gate",
+    "kda_step",
     "l2norm",
     "latent_attention",
     "recurrent_kda",

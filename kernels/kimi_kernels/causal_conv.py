@@ -18,9 +18,10 @@ from kimi_kernels.checks import (
     check_like,
     check_shape,
     check_state,
+    count_sequences,
     sequence_bounds,
 )
-from kimi_kernels.dispatch import reference_only
+from kimi_kernels.dispatch import use_triton
 
 
 def causal_conv_ref(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,6 +32,26 @@ def causal_conv_ref(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, T
     xa = xs.to(acc)  # once, so that its gradient is summed before it is rounded
     y = sum(xa[:, j : j + T] * weight[:, j].to(acc) for j in range(W))
     return F.silu(y).to(x.dtype), xs[:, T:].clone()
+
+
+def causal_convs_ref(
+    xs: Sequence[Tensor], weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """The definition on public layouts: the outputs, then the final state."""
+    x, W = torch.cat(tuple(xs), -1), weight.shape[1]
+    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, x)
+    if initial_state is None:
+        N = x.shape[0] if bounds is None else len(bounds)
+        initial_state = x.new_zeros(N, W - 1, x.shape[-1])
+    if bounds is None:
+        y, state = causal_conv_ref(x, weight, initial_state)
+    else:
+        parts = [
+            causal_conv_ref(x[:, start:end], weight, initial_state[n : n + 1])
+            for n, (start, end) in enumerate(bounds)
+        ]
+        y, state = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts])
+    return [*y.split([x.shape[-1] for x in xs], -1), state]
 
 
 def causal_conv(
@@ -71,26 +92,17 @@ def causal_conv(
     for i, x in enumerate(xs):
         check_shape(f"xs[{i}]", x, B, T, x.shape[-1])
         check_like(f"xs[{i}]", x, "xs[0]", xs[0])
-    sizes = [x.shape[-1] for x in xs]
-    D = sum(sizes)
+    D = sum(x.shape[-1] for x in xs)
     if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] < 2:
         raise ValueError(f"weight has shape {list(weight.shape)}, want [{D}, W] with W >= 2")
     check_float("weight", weight, xs[0])
     W = weight.shape[1]
-    bounds = sequence_bounds(cu_seqlens, xs[0])
-    N = B if bounds is None else len(bounds)
+    N = count_sequences(cu_seqlens, xs[0])
     check_state("initial_state", initial_state, xs[0], xs[0].dtype, N, W - 1, D)
-    reference_only("causal_conv")
+    if use_triton(xs[0]):
+        from kimi_kernels.causal_conv_triton import causal_conv_op
 
-    x = torch.cat(tuple(xs), -1)
-    state = x.new_zeros(N, W - 1, D) if initial_state is None else initial_state
-    if bounds is None:
-        y, state = causal_conv_ref(x, weight, state)
+        *ys, state = causal_conv_op(list(xs), weight, initial_state, output_final_state, cu_seqlens)
     else:
-        parts = [
-            causal_conv_ref(x[:, start:end], weight, state[n : n + 1])
-            for n, (start, end) in enumerate(bounds)
-        ]
-        y = torch.cat([p[0] for p in parts], 1)
-        state = torch.cat([p[1] for p in parts])
-    return y.split(sizes, -1), state if output_final_state else None
+        *ys, state = causal_convs_ref(xs, weight, initial_state, cu_seqlens)
+    return tuple(ys), state if output_final_state else None

@@ -40,21 +40,35 @@ def check_state(name: str, state: Tensor | None, x: Tensor, dtype: torch.dtype, 
         raise ValueError(f"{name} is {state.dtype} on {state.device}, want {dtype} on {x.device}")
 
 
-def sequence_bounds(cu_seqlens: Tensor | None, x: Tensor) -> list[tuple[int, int]] | None:
-    """First and last+1 token of every packed sequence; None where `x` [B, T, ...] is not packed.
+def count_sequences(cu_seqlens: Tensor | None, x: Tensor) -> int:
+    """Sequences in `x` [B, T, ...]: B, or N where `cu_seqlens` [N+1] packs N into one row.
 
-    `cu_seqlens` [N+1], int32 or int64, goes 0 = c[0] <= c[1] <= ... <= c[N] = T, with B = 1.
+    The values of a `cu_seqlens` on a GPU are not looked at: that would make the host wait for it.
+    The kernels read nothing outside the T tokens whatever they are.
     """
     if cu_seqlens is None:
-        return None
+        return x.shape[0]
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, want [N+1] with N >= 1")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}, want int32 or int64")
-    B, T = x.shape[:2]
-    if B != 1:
-        raise ValueError(f"cu_seqlens needs one packed row, [1, T, ...], but the batch size is {B}")
-    c = cu_seqlens.tolist()
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens needs one packed row, [1, T, ...], but the batch size is {x.shape[0]}"
+        )
+    if x.is_cuda and not cu_seqlens.is_cuda:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, want {x.device}")
+    if cu_seqlens.device.type == "cpu":
+        sequence_bounds(cu_seqlens, x)
+    return cu_seqlens.numel() - 1
+
+
+def sequence_bounds(cu_seqlens: Tensor, x: Tensor) -> list[tuple[int, int]]:
+    """First and last+1 token of every sequence packed in `x` [1, T, ...], checked. Waits for a GPU.
+
+    `cu_seqlens` [N+1] goes 0 = c[0] <= c[1] <= ... <= c[N] = T.
+    """
+    c, T = cu_seqlens.tolist(), x.shape[1]
     if c[0] != 0:
         raise ValueError(f"cu_seqlens starts at {c[0]}, want 0")
     if c[-1] != T:

@@ -25,6 +25,7 @@ from kimi_kernels.checks import (
     check_float,
     check_like,
     check_shape,
+    count_sequences,
     sequence_bounds,
 )
 from kimi_kernels.dispatch import reference_only
@@ -113,11 +114,12 @@ def latent_attention(
             raise ValueError("cu_seqlens cannot be combined with positions")
     elif S < T or (cu_seqlens is not None and S != T):
         raise ValueError(f"latent has {S} tokens, want at least the {T} of q, and {T} when packed")
-    bounds = sequence_bounds(cu_seqlens, q)
+    count_sequences(cu_seqlens, q)
     reference_only("latent_attention")
 
     w = w_kv.view(H, per_head, R)
-    if bounds is not None:
+    if cu_seqlens is not None:
+        bounds = sequence_bounds(cu_seqlens, q)
         parts = [_expanded(q[:, a:b], latent[:, a:b], w, R, scale, None) for a, b in bounds]
         return torch.cat(parts, 1)
     if positions is None:

@@ -10,7 +10,7 @@ CHUNK = 64
 
 @triton.jit
 def sequence(cu_seqlens, i_n, T):
-    """First token (int64) and length of packed sequence i_n, never outside the T tokens there are."""
+    """First token (int64) and length of packed sequence i_n, never outside the T tokens."""
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n), 0), T).to(tl.int64)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n + 1), 0), T).to(tl.int64)
     return begin, tl.maximum(end - begin, 0).to(tl.int32)
@@ -55,7 +55,7 @@ def chunk_table(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
 
 
 def token_rows(x: Tensor) -> tuple[Tensor, int]:
-    """`x` [B, T, ...] as rows of one stride per token; copied only if it is not laid out like that."""
+    """`x` [B, T, ...] with one stride per token; copied only if it is not laid out like that."""
     B, T = x.shape[:2]
     inner = x.shape[2:].numel()
     uneven = B > 1 and T > 1 and x.stride(0) != T * x.stride(1)

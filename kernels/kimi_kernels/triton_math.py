@@ -1,4 +1,4 @@
-"""Elementary functions in Triton kernels: one instruction on a GPU, exact ones in the interpreter."""
+"""Elementary functions for Triton: one instruction on a GPU, exact in the interpreter."""
 
 import os
 

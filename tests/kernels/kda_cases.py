@@ -3,12 +3,17 @@
 import math
 from itertools import product
 
+import pytest
 import torch
 from torch import Tensor
+
+from kimi_kernels import backend, chunk_kda, fused_kda, recurrent_kda
+from tests.helpers import DEVICE, assert_as_good_as
 
 GATES = ["ordinary", "zero", "strong", "mixed", "resets", "all -inf"]
 KEYS = ["random", "repeated", "zero"]
 NAMES = ("q", "k", "v", "g", "beta")
+PARAMETERS = ("A_log", "dt_bias")  # of fused_kda, without a time axis
 
 
 def naive_kda(q, k, v, g, beta, scale=None, initial_state=None) -> tuple[Tensor, Tensor]:
@@ -89,16 +94,18 @@ def make_state(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def make_raw(T: int, *, H: int = 1, HV: int = 2, K: int = 6, V: int = 5, dtype=torch.float64):
+def make_raw(
+    T: int, *, B: int = 1, H: int = 1, HV: int = 2, K: int = 6, V: int = 5, dtype=torch.float64
+) -> dict[str, Tensor]:
     """Arguments of `fused_kda`: raw projections, A_log and dt_bias."""
-    x = make_inputs(T, H=H, HV=HV, K=K, V=V, dtype=dtype)
+    x = make_inputs(T, B=B, H=H, HV=HV, K=K, V=V, dtype=dtype)
     acc = x["g"].dtype
     return {
         "q": 3 * x["q"],
         "k": x["k"] / 2,
         "v": x["v"],
-        "f": torch.randn(1, T, HV, K).to(dtype),
-        "b": torch.randn(1, T, HV).to(dtype),
+        "f": torch.randn(B, T, HV, K).to(dtype),
+        "b": torch.randn(B, T, HV).to(dtype),
         "A_log": torch.rand(HV).to(acc),
         "dt_bias": torch.randn(HV * K).to(acc),
     }
@@ -108,10 +115,54 @@ def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.double() for name, x in inputs.items()}
 
 
+def tokens(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
+    """Views of some tokens of the arguments of `chunk_kda` or `fused_kda`."""
+    return {n: x if n in PARAMETERS else x[:, start:end] for n, x in inputs.items()}
+
+
+def cumulative(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    """cu_seqlens of packed sequences."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
 def gradients(op, inputs: dict[str, Tensor], do: Tensor, dS: Tensor, **options):
     """o, S and the gradient of every tensor of `inputs`, from upstream gradients of both."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     o, S = op(**leaves, output_final_state=True, **options)
-    grads = torch.autograd.grad((o, S), tuple(leaves.values()), (do.to(o.dtype), dS.to(S.dtype)))
+    up = (do.to(o.dtype), dS.to(S.dtype))
+    grads = torch.autograd.grad((o, S), tuple(leaves.values()), up, materialize_grads=True)
     names = [f"d{name}" for name in inputs]
     return {"o": o.detach(), "S": S.detach()} | dict(zip(names, grads, strict=True))
+
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+def here(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the device that the kernels are tested on."""
+    return {name: x.to(DEVICE) for name, x in inputs.items()}
+
+
+def run(name: str, op, inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    """o and S of one backend."""
+    with backend(name):
+        return op(**inputs, output_final_state=True, **options)
+
+
+def check_kernel(op, inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    """Triton against the reference in the same dtype, gold in fp64 -> Triton's o and S."""
+    dtype = inputs["q"].dtype
+    got, ref = run("triton", op, inputs, **options), run("reference", op, inputs, **options)
+    form = recurrent_kda if op is chunk_kda else op
+    gold = run("reference", form, doubled(inputs), **options)
+    assert got[1].dtype == torch.float32
+    for name, a, b, c in zip("oS", got, ref, gold, strict=True):
+        assert_as_good_as(name, a, b, c, dtype)
+    return got
+
+
+OPS = [
+    pytest.param(chunk_kda, make_inputs, id="chunk_kda"),
+    pytest.param(recurrent_kda, make_inputs, id="recurrent_kda"),
+    pytest.param(fused_kda, make_raw, id="fused_kda"),
+]

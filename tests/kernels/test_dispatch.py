@@ -12,26 +12,18 @@ import torch
 import kimi_kernels
 from kimi_kernels import (
     backend,
-    causal_conv,
     chunk_kda,
     dispatch,
     expert_mlp,
-    fused_kda,
     gated_rms_norm,
     latent_attention,
-    recurrent_kda,
     route,
 )
-from tests.kernels.kda_cases import make_inputs, make_raw
+from tests.kernels.kda_cases import make_inputs
 
 x, w = torch.ones(3, 8), torch.ones(8)
-kda, raw = make_inputs(3), make_raw(3)
 
 WITHOUT_KERNEL = {  # an op leaves this list, and this test, when it gets its kernel
-    "chunk_kda": lambda: chunk_kda(**kda),
-    "recurrent_kda": lambda: recurrent_kda(**kda),
-    "fused_kda": lambda: fused_kda(**raw),
-    "causal_conv": lambda: causal_conv((x[None],), torch.ones(8, 4)),
     "latent_attention": lambda: latent_attention(
         x.view(1, 3, 2, 4), x[None], torch.ones(12, 8), scale=1.0
     ),
@@ -137,6 +129,7 @@ def test_forced_triton_where_it_is_not_installed(monkeypatch):
 
 
 def test_bad_input_is_refused_before_the_backend():
+    kda = make_inputs(3)
     with backend("triton"), pytest.raises(ValueError, match=r"^k\b"):
         chunk_kda(**(kda | {"k": kda["q"][..., :2]}))
 

@@ -6,26 +6,21 @@ import itertools
 import pytest
 import torch
 
-from kimi_kernels import chunk_kda, fused_kda, recurrent_kda
+from kimi_kernels import chunk_kda, recurrent_kda
 from tests.helpers import assert_as_good_as
-from tests.kernels.kda_cases import gradients, make_gate, make_inputs, make_raw, make_state
+from tests.kernels.kda_cases import (
+    OPS,
+    PARAMETERS,
+    cumulative,
+    gradients,
+    make_gate,
+    make_inputs,
+    make_state,
+    tokens,
+)
 
 LENGTHS = [[0, 5, 0, 64, 1, 130, 0], [17], [1] * 9, [63, 65], [0, 0, 2]]
-OPS = [
-    pytest.param(chunk_kda, make_inputs, id="chunk_kda"),
-    pytest.param(recurrent_kda, make_inputs, id="recurrent_kda"),
-    pytest.param(fused_kda, make_raw, id="fused_kda"),
-]
 each_op = pytest.mark.parametrize("op, make", OPS)
-PARAMETERS = ("A_log", "dt_bias")  # of fused_kda, without a time axis
-
-
-def tokens(inputs, start, end):
-    return {n: x if n in PARAMETERS else x[:, start:end] for n, x in inputs.items()}
-
-
-def cumulative(lengths, dtype=torch.int64):
-    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
 def separately(op, inputs, lengths, states):

@@ -1,5 +1,7 @@
 """Kimi Delta Attention: the public ops. README.md beside this file derives what they compute."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kimi_kernels.checks import (
@@ -8,19 +10,19 @@ from kimi_kernels.checks import (
     check_like,
     check_shape,
     check_state,
-    sequence_bounds,
+    count_sequences,
 )
-from kimi_kernels.dispatch import reference_only
-from kimi_kernels.kda.gate import kda_gate, l2norm
+from kimi_kernels.dispatch import use_triton
+from kimi_kernels.kda.gate import kda_gate, kda_gate_checks, l2norm
 from kimi_kernels.kda.reference import (
-    Form,
     chunk_form,
     fused_kda_ref,
     kda_ref,
+    kda_step_ref,
     recurrent_form,
 )
 
-__all__ = ["chunk_kda", "fused_kda", "kda_gate", "l2norm", "recurrent_kda"]
+__all__ = ["chunk_kda", "fused_kda", "kda_gate", "kda_step", "l2norm", "recurrent_kda"]
 
 RECURRENT_BELOW = 16  # tokens: under it the token loop costs less than one padded chunk of 64
 
@@ -51,16 +53,21 @@ def _check(q, k, v, g, beta, names, initial_state, cu_seqlens) -> None:
         check_like(name, x, "q", q)
     for name, x in ((g_name, g), (beta_name, beta)):
         check_float(name, x, q)
-    bounds = sequence_bounds(cu_seqlens, q)
-    N = B if bounds is None else len(bounds)
+    N = count_sequences(cu_seqlens, q)
     check_state("initial_state", initial_state, q, accumulation_dtype(q.dtype), N, HV, K, V)
 
 
-def _run(form: Form, name, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
+def _run(recurrent, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
     _check(q, k, v, g, beta, ("g", "beta"), initial_state, cu_seqlens)
-    reference_only(name)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, S = kda_ref(form, q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    if use_triton(q):
+        from kimi_kernels.kda.autograd import kda
+
+        none = (None, None, scale, None)
+        o, S = kda(q, k, v, g, beta, *none, initial_state, cu_seqlens, recurrent)
+    else:
+        form = recurrent_form if recurrent else chunk_form
+        o, S = kda_ref(form, q, k, v, g, beta, scale, initial_state, cu_seqlens)
     return o, S if output_final_state else None
 
 
@@ -104,7 +111,7 @@ def chunk_kda(
         ValueError: a wrong shape, dtype or device, or cu_seqlens that does not go from 0 up to T.
     """
     args = (scale, initial_state, output_final_state, cu_seqlens)
-    return _run(chunk_form, "chunk_kda", q, k, v, g, beta, *args)
+    return _run(False, q, k, v, g, beta, *args)
 
 
 def recurrent_kda(
@@ -121,7 +128,7 @@ def recurrent_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_kda` token by token: the same arguments, results and errors. For decoding."""
     args = (scale, initial_state, output_final_state, cu_seqlens)
-    return _run(recurrent_form, "recurrent_kda", q, k, v, g, beta, *args)
+    return _run(True, q, k, v, g, beta, *args)
 
 
 def fused_kda(
@@ -161,9 +168,82 @@ def fused_kda(
         ValueError: as `chunk_kda`, and for A_log, dt_bias or lower_bound.
     """
     _check(q, k, v, f, b, ("f", "b"), initial_state, cu_seqlens)
-    reference_only("fused_kda")
-    form = recurrent_form if q.shape[1] < RECURRENT_BELOW else chunk_form
-    o, S = fused_kda_ref(
-        form, q, k, v, f, b, A_log, dt_bias, lower_bound, initial_state, cu_seqlens
-    )
+    recurrent = q.shape[1] < RECURRENT_BELOW
+    if use_triton(q):
+        kda_gate_checks(f, A_log, dt_bias, lower_bound)
+        from kimi_kernels.kda.autograd import kda
+
+        gate = (A_log, dt_bias, q.shape[-1] ** -0.5, lower_bound)
+        o, S = kda(q, k, v, f, b, *gate, initial_state, cu_seqlens, recurrent)
+    else:
+        form = recurrent_form if recurrent else chunk_form
+        o, S = fused_kda_ref(
+            form, q, k, v, f, b, A_log, dt_bias, lower_bound, initial_state, cu_seqlens
+        )
     return o, S if output_final_state else None
+
+
+def kda_step(
+    xs: Sequence[Tensor],
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    f: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """One decode step of a KDA layer, from its projections to its output projection.
+
+    The same as `causal_conv`, `fused_kda` and `gated_rms_norm` one after the other, without a
+    gradient.
+
+    Args:
+        xs: projections for q, k and v of the new tokens, `[B, T, H*K]` twice and `[B, T, H*V]`.
+            Meant for few tokens: they are taken one by one.
+        conv_weight: `[2*H*K + H*V, W]`.
+        conv_state: the last W-1 inputs, `[B, W-1, 2*H*K + H*V]`, dtype of `xs`. Advanced in place.
+        f, b, A_log, dt_bias: as in `fused_kda`; the gate is unbounded.
+        state: S, `[B, H, K, V]` fp32 (fp64 for fp64 inputs). Advanced in place.
+        gate, norm_weight, eps: as in `gated_rms_norm`; gate `[B, T, H, V]`.
+
+    Returns:
+        `[B, T, H, V]` in the dtype of `xs`.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or a state that is not contiguous.
+    """
+    if len(xs) != 3:
+        raise ValueError(f"xs has {len(xs)} tensors, want those for q, k and v")
+    for name, x in (("f", f), ("gate", gate)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {list(x.shape)}, want 4 dimensions")
+    (B, T, H, K), V = f.shape, gate.shape[-1]
+    D = 2 * H * K + H * V
+    for i, size in enumerate((H * K, H * K, H * V)):
+        check_shape(f"xs[{i}]", xs[i], B, T, size)
+        check_like(f"xs[{i}]", xs[i], "f", f)
+    check_float("f", f, f)
+    check_shape("b", b, B, T, H)
+    check_shape("gate", gate, B, T, H, V)
+    check_like("gate", gate, "f", f)
+    check_shape("norm_weight", norm_weight, V)
+    if conv_weight.ndim != 2 or conv_weight.shape[0] != D or conv_weight.shape[1] < 2:
+        raise ValueError(f"conv_weight has shape {list(conv_weight.shape)}, want [{D}, W], W >= 2")
+    for name, x in (("b", b), ("norm_weight", norm_weight), ("conv_weight", conv_weight)):
+        check_float(name, x, f)
+    check_state("conv_state", conv_state, f, f.dtype, B, conv_weight.shape[1] - 1, D)
+    check_state("state", state, f, accumulation_dtype(f.dtype), B, H, K, V)
+    for name, x in (("conv_state", conv_state), ("state", state)):
+        if not x.is_contiguous():
+            raise ValueError(f"{name} has strides {x.stride()}, want a contiguous tensor")
+    kda_gate_checks(f, A_log, dt_bias, None)
+    args = (f, b, A_log, dt_bias, state, gate, norm_weight, eps)
+    if use_triton(f):
+        from kimi_kernels.kda.autograd import kda_step_op
+
+        return kda_step_op(list(xs), conv_weight, conv_state, *args)
+    return kda_step_ref(xs, conv_weight, conv_state, *args)

@@ -15,6 +15,20 @@ def l2norm(x: Tensor) -> Tensor:
     return (x_ * torch.rsqrt(x_.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
 
 
+def kda_gate_checks(f: Tensor, A_log: Tensor, dt_bias: Tensor, lower_bound: float | None) -> None:
+    """The `ValueError`s of `kda_gate`."""
+    if f.ndim < 2:
+        raise ValueError(f"f has shape {list(f.shape)}, want [..., H, K]")
+    check_float("f", f, f)
+    H, K = f.shape[-2:]
+    check_shape("A_log", A_log, H)
+    check_shape("dt_bias", dt_bias, H * K)
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        check_float(name, x, f)
+    if lower_bound is not None and not -float("inf") < lower_bound < 0:
+        raise ValueError(f"lower_bound is {lower_bound}, want a finite number < 0, or None")
+
+
 def kda_gate(f: Tensor, A_log: Tensor, dt_bias: Tensor, lower_bound: float | None = None) -> Tensor:
     """The log-decay of KDA, natural log, <= 0 (TR section 4; the released checkpoint is unbounded).
 
@@ -33,16 +47,8 @@ def kda_gate(f: Tensor, A_log: Tensor, dt_bias: Tensor, lower_bound: float | Non
     Raises:
         ValueError: a wrong shape, or a bound that is not finite and negative.
     """
-    if f.ndim < 2:
-        raise ValueError(f"f has shape {list(f.shape)}, want [..., H, K]")
-    check_float("f", f, f)
+    kda_gate_checks(f, A_log, dt_bias, lower_bound)
     H, K = f.shape[-2:]
-    check_shape("A_log", A_log, H)
-    check_shape("dt_bias", dt_bias, H * K)
-    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
-        check_float(name, x, f)
-    if lower_bound is not None and not -float("inf") < lower_bound < 0:
-        raise ValueError(f"lower_bound is {lower_bound}, want a finite number < 0, or None")
     acc = accumulation_dtype(f.dtype)
     x = f.to(acc) + dt_bias.to(acc).view(H, K)
     A = A_log.to(acc).exp().view(H, 1)

@@ -8,13 +8,15 @@ How the chunk form stays finite for every gate is derived in README.md beside th
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kimi_kernels.causal_conv import causal_convs_ref
 from kimi_kernels.checks import accumulation_dtype, sequence_bounds
+from kimi_kernels.gated_norm import gated_rms_norm_ref
 from kimi_kernels.kda.gate import kda_gate, l2norm
 
 CHUNK = 64
@@ -36,7 +38,7 @@ def recurrent_form(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: 
 
 
 @functools.lru_cache
-def _anchor_tree(device: torch.device, dtype: torch.dtype):
+def anchor_tree(device: torch.device, dtype: torch.dtype):
     """0/1 matrices of the chunk form, see README.md: per level (M, pairs), then LOW and UP."""
     r = torch.arange(CHUNK, device=device)
     levels = []
@@ -57,7 +59,7 @@ def chunk_form(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tens
     pad = -T % CHUNK
     q, k, v, g = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, CHUNK)) for x in (q, k, v, g))
     beta = F.pad(beta, (0, pad)).unflatten(2, (-1, CHUNK))[..., None]  # [B, H, NT, C, 1]
-    levels, LOW, UP = _anchor_tree(q.device, q.dtype)
+    levels, LOW, UP = anchor_tree(q.device, q.dtype)
 
     # A_qk[i, j] = sum_d q_i k_j exp(G_i - G_j) for i >= j, and A_kk likewise for i > j  [.., C, C]
     A_qk = torch.diag_embed((q * k).sum(-1))
@@ -102,7 +104,7 @@ def kda_ref(
     q, k = (x.to(acc).repeat_interleave(HV // H, 2) for x in (q, k))
     g = g.to(acc).clamp(min=MIN_LOG_DECAY)
     x = [t.to(acc).transpose(1, 2) for t in (q * scale, k, v, g, beta)]
-    bounds = sequence_bounds(cu_seqlens, v)
+    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, v)
     if initial_state is None:
         N = B if bounds is None else len(bounds)
         initial_state = q.new_zeros(N, HV, K, V)
@@ -139,3 +141,26 @@ def fused_kda_ref(
     scale = q.shape[-1] ** -0.5
     o, S = kda_ref(form, qn, kn, v.to(acc), g, beta, scale, initial_state, cu_seqlens)
     return o.to(v.dtype), S
+
+
+def kda_step_ref(
+    xs: Sequence[Tensor],
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    f: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> Tensor:
+    """The definition of `kimi_kernels.kda_step`, from those of its parts."""
+    with torch.no_grad():
+        *qkv, new_conv_state = causal_convs_ref(xs, conv_weight, conv_state, None)
+        q, k, v = (x.unflatten(-1, (f.shape[2], -1)) for x in qkv)
+        o, S = fused_kda_ref(recurrent_form, q, k, v, f, b, A_log, dt_bias, None, state, None)
+        conv_state.copy_(new_conv_state)
+        state.copy_(S)
+        return gated_rms_norm_ref(o, gate, norm_weight, eps)

@@ -1,0 +1,101 @@
+"""The Triton ops as torch operators: opcheck, and whole graphs under torch.compile."""
+
+import pytest
+import torch
+
+from kimi_kernels import backend, causal_conv, fused_kda, gated_rms_norm
+from kimi_kernels.causal_conv_triton import causal_conv_op
+from kimi_kernels.kda.autograd import kda_op, kda_step_op
+from tests.helpers import DEVICE, assert_as_good_as
+from tests.kernels.kda_cases import cumulative, make_inputs, make_raw, make_state
+from tests.kernels.test_kda_step import make as make_step
+
+
+@pytest.fixture
+def poison_empty():
+    """Not here: the compiler would trace it."""
+
+
+def leaf(x):
+    return x.to(DEVICE).requires_grad_() if x.is_floating_point() else x.to(DEVICE)
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 3, 2]], ids=str)
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("make", [make_inputs, make_raw])
+def test_opcheck_of_kda(make, recurrent, lengths):
+    x = {n: leaf(x) for n, x in make(5, dtype=torch.float32).items()}
+    *qkvgb, A_log, dt_bias = x.values() if make is make_raw else (*x.values(), None, None)
+    cu = None if lengths is None else cumulative(lengths).to(DEVICE)
+    S = leaf(make_state(1 if cu is None else len(lengths), 2, 6, 5, dtype=torch.float32))
+    state = None if recurrent else S
+    torch.library.opcheck(kda_op, (*qkvgb, A_log, dt_bias, 6**-0.5, None, state, cu, recurrent))
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 3, 2]], ids=str)
+@pytest.mark.parametrize("final", [True, False])
+def test_opcheck_of_causal_conv(final, lengths):
+    xs, weight = [leaf(torch.randn(1, 5, n)) for n in (3, 4)], leaf(torch.randn(7, 4))
+    cu = None if lengths is None else cumulative(lengths).to(DEVICE)
+    S = leaf(torch.randn(1 if cu is None else len(lengths), 3, 7))
+    torch.library.opcheck(causal_conv_op, (xs, weight, S if final else None, final, cu))
+
+
+def test_opcheck_of_kda_step():
+    args = make_step(2, B=2)
+    torch.library.opcheck(kda_step_op, (args.pop("xs"), *args.values(), 1e-5))
+
+
+# ---- torch.compile -----------------------------------------------------------------------------
+
+
+def mixer(x, weight, f, b, A_log, dt_bias, cu_seqlens=None):
+    """Convolution and attention: x [B, T, 3, H, K] -> o, S."""
+    qkv, _ = causal_conv(x.flatten(3).unbind(2), weight, cu_seqlens=cu_seqlens)
+    q, k, v = (y.unflatten(-1, (x.shape[3], -1)) for y in qkv)
+    return fused_kda(q, k, v, f, b, A_log, dt_bias, output_final_state=True, cu_seqlens=cu_seqlens)
+
+
+def layer(gate, norm, *args, cu_seqlens=None):
+    """A KDA layer between its projections."""
+    o, S = mixer(*args, cu_seqlens)
+    return gated_rms_norm(o, gate, norm), S
+
+
+def make_mixer(T, H=2, K=16, dtype=torch.float32):
+    shapes = [(1, T, 3, H, K), (3 * H * K, 4), (1, T, H, K), (1, T, H), (H,), (H * K,)]
+    return [leaf(torch.randn(s).to(dtype)) for s in shapes]
+
+
+def outputs_and_gradients(f, args, **options):
+    out = f(*args, **options)
+    return *(x.detach() for x in out), *torch.autograd.grad(out, args, [x.sin() for x in out])
+
+
+def check_compiled(f, args, compiler, **options):
+    """One graph forward and one backward; the Triton ops are opaque in them."""
+    torch.compiler.reset()
+    with backend("triton"):
+        want = outputs_and_gradients(f, args, **options)
+        compiled = torch.compile(f, fullgraph=True, backend=compiler)
+        got = outputs_and_gradients(compiled, args, **options)
+        with torch.no_grad():
+            got += compiled(*args, **options)
+    for i, (a, b) in enumerate(zip(got, (*want, *want[:2]), strict=True)):
+        assert_as_good_as(str(i), a, b, b.double(), args[0].dtype)
+
+
+@pytest.mark.parametrize("T", [5, 20])
+def test_compile(T):
+    """What compiles in the interpreter too: the norm is no operator, and does not."""
+    check_compiled(mixer, make_mixer(T), "aot_eager")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [None, [30, 0, 70]], ids=str)
+def test_compile_a_layer(lengths, dtype):
+    gate, norm = leaf(torch.randn(1, 100, 2, 16).to(dtype)), leaf(torch.rand(16).to(dtype))
+    cu = None if lengths is None else cumulative(lengths).to(DEVICE)
+    args = [gate, norm, *make_mixer(100, dtype=dtype)]
+    check_compiled(layer, args, "inductor", cu_seqlens=cu)
