@@ -9,7 +9,7 @@ stored: row b holds its own `lengths[b]` tokens without gaps, wherever its paddi
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -45,11 +45,30 @@ class KDALayerCache(LinearAttentionCacheLayerMixin):
         self.has_previous_state[state_idx] = True
         return recurrent_states
 
+    def snapshot(self) -> Self:
+        """A copy with its own states: a decode step advances them in place."""
+        layer = copy.copy(self)
+        for name, value in vars(layer).items():
+            if isinstance(value, dict):
+                own = {k: x.clone() if isinstance(x, Tensor) else x for k, x in value.items()}
+                setattr(layer, name, own)
+        return layer
+
     def states(self) -> tuple[Tensor | None, Tensor | None]:
         """The conv state and S, or None and None before the first token."""
         if not self.has_previous_state[0]:
             return None, None
         return self.conv_states[0], self.recurrent_states[0]
+
+    def writable_states(self) -> tuple[Tensor, Tensor]:
+        """The same, after the first token, to be advanced in place."""
+        for states in (self.conv_states, self.recurrent_states):
+            x = cast(Tensor, states[0])
+            if not x.is_contiguous() or (
+                x.is_inference() and not torch.is_inference_mode_enabled()
+            ):
+                states[0] = x.clone(memory_format=torch.contiguous_format)
+        return cast(Tensor, self.conv_states[0]), cast(Tensor, self.recurrent_states[0])
 
     def select_rows(self, index: Tensor) -> None:
         """Make row i a copy of the old row `index[i]`."""
@@ -121,6 +140,13 @@ class LatentLayerCache(CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized, self.length = False, 0
+
+    def snapshot(self) -> Self:
+        """A copy that shares the latents, and would move on the first token after these."""
+        layer = copy.copy(self)
+        if layer.keys is not None:
+            layer.keys = layer.keys[:, : layer.length]  # what follows may be another snapshot's
+        return layer
 
     def select_rows(self, index: Tensor) -> None:
         """Make row i a copy of the old row `index[i]`."""
@@ -216,15 +242,12 @@ class KimiLinearCache(Cache):
         self._select_rows(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def snapshot(self) -> Snapshot:
-        """Remember this point. Copies nothing: states are replaced, and latents only grow."""
-        return Snapshot([_frozen(layer) for layer in self.layers], self.seen, self.lengths)
+        """Remember this point. Copies the states of the KDA layers, not the latents."""
+        return Snapshot([layer.snapshot() for layer in self.layers], self.seen, self.lengths)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this cache, exactly; it can be restored again later."""
-        self.layers = [_frozen(layer) for layer in snapshot.layers]
-        for layer in self.layers:
-            if isinstance(layer, LatentLayerCache) and layer.keys is not None:
-                layer.keys = layer.keys[:, : layer.length]  # the rest may be another snapshot's
+        self.layers = [layer.snapshot() for layer in snapshot.layers]
         self.seen, self.lengths = snapshot.seen, snapshot.lengths
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -237,12 +260,3 @@ class KimiLinearCache(Cache):
     def fork(self) -> KimiLinearCache:
         """An independent copy: both can go on, in different directions."""
         return copy.deepcopy(self)
-
-
-def _frozen(layer):
-    """A copy of a layer that shares its tensors; those of a KDA layer sit in dicts."""
-    layer = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, dict):
-            setattr(layer, name, dict(value))
-    return layer

@@ -6,10 +6,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kimi_kernels import causal_conv, fused_kda, gated_rms_norm
+from kimi_kernels import causal_conv, fused_kda, gated_rms_norm, kda_step
 from kimi_linear.cache import KDALayerCache, KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layout import TokenLayout
+
+STEP_TOKENS = 8  # new tokens that go through the decode step, one after the other
 
 
 class ShortConvolution(nn.Conv1d):
@@ -81,20 +83,33 @@ class KimiDeltaAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout, cache: KimiLinearCache | None) -> Tensor:
         """x [b, t, D] as `layout.pack` left it -> the same shape."""
-        conv_state, S, keep, cu = None, None, cache is not None, layout.cu_seqlens
-        if cache is not None:
-            layer = cast(KDALayerCache, cache.layers[self.layer_idx])
-            conv_state, S = layer.states()
         xs = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        f, A_log, dt_bias = self.forget_gate(x)
+        b, gate = self.b_proj(x), self.g_b_proj(self.g_a_proj(x)).unflatten(-1, self.heads)
+        layer = None if cache is None else cast(KDALayerCache, cache.layers[self.layer_idx])
+        if layer is not None and self._steps(x, layout, layer):
+            conv_state, S = layer.writable_states()
+            weight, norm = self.conv1d.weight.squeeze(1), self.o_norm
+            o = kda_step(
+                xs, weight, conv_state, f, b, A_log, dt_bias, S, gate, norm.weight, norm.eps
+            )
+            return self.o_proj(o.flatten(-2))
+        conv_state, S = (None, None) if layer is None else layer.states()
+        keep, cu = layer is not None, layout.cu_seqlens
         xs, conv_state = self.conv1d(xs, conv_state, keep, cu)
         q, k, v = (y.unflatten(-1, self.heads) for y in xs)
-        f, A_log, dt_bias = self.forget_gate(x)
         o, S = fused_kda(
-            q, k, v, f, self.b_proj(x), A_log, dt_bias,
+            q, k, v, f, b, A_log, dt_bias,
             initial_state=S, output_final_state=keep, cu_seqlens=cu,
         )  # fmt: skip
-        if cache is not None:
+        if layer is not None:
             layer.update_conv_state(cast(Tensor, conv_state))
             layer.update_recurrent_state(cast(Tensor, S))
-        gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, self.heads)
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
+
+    def _steps(self, x: Tensor, layout: TokenLayout, layer: KDALayerCache) -> bool:
+        """Whether these tokens are decoded: few, after others, unpadded, without a gradient."""
+        few = x.shape[1] <= STEP_TOKENS and layout.cu_seqlens is None
+        offloaded = hasattr(self.conv1d, "_hf_hook") or hasattr(self.o_norm, "_hf_hook")
+        plain = not (torch.is_grad_enabled() or offloaded)
+        return few and plain and layer.states()[1] is not None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kimi_kernels.checks import sequence_bounds
+from kimi_kernels.checks import count_sequences, sequence_bounds
 
 
 @dataclass
@@ -84,7 +84,8 @@ def plan_tokens(
             raise ValueError(
                 "cu_seqlens packs documents, but attention_mask marks padding: want one"
             )
-        sequence_bounds(cu_seqlens, x)
+        count_sequences(cu_seqlens, x)
+        sequence_bounds(cu_seqlens, x)  # once per forward: the layers' ops do not wait for the GPU
         layout.cu_seqlens, layout.packed = cu_seqlens, True
     elif T > 1 and (ids := position_ids if seq_idx is None else seq_idx) is not None:
         ids = ids.expand(B, T).flatten()
