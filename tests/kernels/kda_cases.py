@@ -1,6 +1,7 @@
 """What the KDA tests share: an independent definition, inputs, and how to take gradients."""
 
 import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -165,4 +166,12 @@ OPS = [
     pytest.param(chunk_kda, make_inputs, id="chunk_kda"),
     pytest.param(recurrent_kda, make_inputs, id="recurrent_kda"),
     pytest.param(fused_kda, make_raw, id="fused_kda"),
+]
+
+# the chunk kernel takes K and V from 16 on; these are not multiples of a tile
+kernel_inputs, kernel_raw = (partial(make, K=20, V=17) for make in (make_inputs, make_raw))
+KERNEL_OPS = [
+    pytest.param(chunk_kda, kernel_inputs, id="chunk_kda"),
+    pytest.param(recurrent_kda, kernel_inputs, id="recurrent_kda"),
+    pytest.param(fused_kda, kernel_raw, id="fused_kda"),
 ]

@@ -4,21 +4,22 @@ import pytest
 import torch
 
 from kimi_kernels import backend, chunk_kda, fused_kda, recurrent_kda
+from kimi_kernels.kda import autograd
 from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
 from tests.kernels.kda_cases import (
     GATES,
-    OPS,
+    KERNEL_OPS,
     check_kernel,
     here,
+    kernel_inputs,
+    kernel_raw,
     make_gate,
-    make_inputs,
-    make_raw,
     make_state,
     run,
 )
 
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 200]
-each_op = pytest.mark.parametrize("op, make", OPS)
+each_op = pytest.mark.parametrize("op, make", KERNEL_OPS)
 each_form = pytest.mark.parametrize("op", [chunk_kda, recurrent_kda], ids=lambda op: op.__name__)
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
@@ -45,11 +46,26 @@ def test_lengths(op, make, T, dtype):
     check_kernel(op, with_state(make(T, HV=1, K=16, V=20, dtype=dtype)))
 
 
+@pytest.mark.parametrize(
+    "op, make, T, chunks",
+    [(*p.values, T, p.id != "recurrent_kda") for p in KERNEL_OPS for T in (16, 65)]
+    + [(fused_kda, kernel_raw, 15, False), (chunk_kda, kernel_inputs, 1, True)],
+)
+def test_which_kernel_runs(op, make, T, chunks, monkeypatch):
+    """So that what these tests say of chunks is said of them."""
+    ran = []
+    for name in ("chunk_kda_fwd", "recurrent_kda_fwd"):
+        kernel = getattr(autograd, name)
+        monkeypatch.setattr(autograd, name, lambda *a, n=name, f=kernel: ran.append(n) or f(*a))
+    run("triton", op, here(make(T, HV=1, dtype=torch.float32)))
+    assert ran == ["chunk_kda_fwd" if chunks else "recurrent_kda_fwd"]
+
+
 @each_op
 @pytest.mark.parametrize("T", [0, 5, 20])
 def test_without_initial_state_it_is_zero(op, make, T):
     inputs = here(make(T, B=2, dtype=torch.float32))
-    zeros = torch.zeros(2, 2, 6, 5, device=DEVICE)
+    zeros = torch.zeros(2, 2, 20, 17, device=DEVICE)
     got, want = check_kernel(op, inputs), run("triton", op, inputs, initial_state=zeros)
     for a, b in zip(got, want, strict=True):
         assert_as_good_as(op, a, b, b.double())
@@ -61,7 +77,8 @@ def test_without_initial_state_it_is_zero(op, make, T):
     "B, H, HV, K, V",
     [
         (1, 1, 1, 1, 1),
-        (2, 2, 4, 33, 5),
+        (2, 2, 4, 33, 21),
+        (1, 1, 1, 33, 5),
         (1, 1, 2, 60, 20),
         (1, 1, 1, 64, 64),
         (1, 1, 1, 128, 128),
@@ -83,9 +100,9 @@ def test_large_shapes(op, make, shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op, make", [OPS[0], OPS[2]])
+@pytest.mark.parametrize("op, make", [KERNEL_OPS[0], KERNEL_OPS[2]])
 def test_8192_tokens_of_32_heads(op, make):
-    inputs = with_state(make(8192, H=32, HV=32, K=128, V=128, dtype=torch.bfloat16))
+    inputs = with_state(make(8192, H=32, HV=32, K=128, V=178, dtype=torch.bfloat16))
     check_kernel(op, inputs)
 
 
@@ -96,7 +113,9 @@ def test_8192_tokens_of_32_heads(op, make):
 @each_dtype
 @pytest.mark.parametrize("gate", GATES)
 def test_gates(op, gate, dtype):
-    check_kernel(op, with_state(make_inputs(enough(op), HV=1, K=16, V=12, gate=gate, dtype=dtype)))
+    check_kernel(
+        op, with_state(kernel_inputs(enough(op), HV=1, K=16, V=17, gate=gate, dtype=dtype))
+    )
 
 
 @each_form
@@ -104,7 +123,7 @@ def test_gates(op, gate, dtype):
 @pytest.mark.parametrize("keys", ["repeated", "zero"])
 @pytest.mark.parametrize("gate", ["zero", "mixed"])
 def test_hard_keys(op, keys, gate, dtype):
-    inputs = make_inputs(enough(op), HV=1, K=16, V=12, gate=gate, keys=keys, dtype=dtype)
+    inputs = kernel_inputs(enough(op), HV=1, K=16, V=17, gate=gate, keys=keys, dtype=dtype)
     check_kernel(op, with_state(inputs))
 
 
@@ -114,7 +133,7 @@ def test_hard_keys(op, keys, gate, dtype):
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
 def test_raw_gates(lower_bound, strength, T, dtype):
     """Both activations, also where they saturate."""
-    inputs = make_raw(T, HV=1, K=16, V=12, dtype=dtype)
+    inputs = kernel_raw(T, HV=1, K=16, V=17, dtype=dtype)
     inputs["f"] *= strength
     inputs["b"] *= strength
     check_kernel(fused_kda, with_state(inputs), lower_bound=lower_bound)
@@ -124,7 +143,7 @@ def test_raw_gates(lower_bound, strength, T, dtype):
 @pytest.mark.parametrize("T", [10, 70])
 def test_raw_extremes(T, dtype):
     """Zero vectors, one key for all tokens, an open and a shut gate, large and small vectors."""
-    inputs = make_raw(T, HV=2, K=16, V=12, dtype=dtype)
+    inputs = kernel_raw(T, HV=2, K=16, V=17, dtype=dtype)
     inputs["k"][:, : T // 2] = inputs["k"][:, :1]
     inputs["q"][:, 3] = inputs["k"][:, 5] = inputs["v"][:, 7] = 0
     inputs["q"][:, 4] *= 1000
@@ -140,7 +159,7 @@ def test_raw_extremes(T, dtype):
 @pytest.mark.parametrize("norm", [1e-3, 100.0])
 def test_vectors_of_any_length(op, norm, dtype):
     """beta |k|^2 <= 1, so that the recurrence is stable."""
-    inputs = make_inputs(enough(op), HV=1, K=16, V=12, dtype=dtype)
+    inputs = kernel_inputs(enough(op), HV=1, K=16, V=17, dtype=dtype)
     inputs["q"], inputs["k"] = inputs["q"] * 100, inputs["k"] * norm
     inputs["beta"] /= max(1.0, norm**2)
     check_kernel(op, with_state(inputs))
@@ -149,7 +168,7 @@ def test_vectors_of_any_length(op, norm, dtype):
 @each_form
 @pytest.mark.parametrize("gate_dtype", [*KERNEL_DTYPES, torch.float64], ids=str)
 def test_gate_and_beta_take_any_float_dtype(op, gate_dtype):
-    inputs = make_inputs(20, dtype=torch.float32)
+    inputs = kernel_inputs(20, dtype=torch.float32)
     inputs |= {name: inputs[name].to(gate_dtype) for name in ("g", "beta")}
     check_kernel(op, with_state(inputs))
 
@@ -157,7 +176,7 @@ def test_gate_and_beta_take_any_float_dtype(op, gate_dtype):
 @pytest.mark.parametrize("T", [10, 20])
 @pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64], ids=str)
 def test_parameters_take_any_float_dtype(T, dtype):
-    inputs = make_raw(T, dtype=torch.float32)
+    inputs = kernel_raw(T, dtype=torch.float32)
     inputs |= {name: inputs[name].to(dtype) for name in ("A_log", "dt_bias")}
     check_kernel(fused_kda, with_state(inputs))
 
@@ -168,13 +187,13 @@ def test_parameters_take_any_float_dtype(T, dtype):
 @each_form
 @pytest.mark.parametrize("scale", [-1.7, 0.0])
 def test_scale(op, scale):
-    check_kernel(op, with_state(make_inputs(20, dtype=torch.float32)), scale=scale)
+    check_kernel(op, with_state(kernel_inputs(20, dtype=torch.float32)), scale=scale)
 
 
 @each_form
 def test_one_gate_expanded_over_channels(op):
-    inputs = make_inputs(20, dtype=torch.float32)
-    inputs["g"] = make_gate("ordinary", 1, 20, 2, 1).float().expand(1, 20, 2, 6)
+    inputs = kernel_inputs(20, dtype=torch.float32)
+    inputs["g"] = make_gate("ordinary", 1, 20, 2, 1).float().expand(1, 20, 2, 20)
     check_kernel(op, with_state(inputs))
 
 

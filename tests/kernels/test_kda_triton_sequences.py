@@ -9,21 +9,21 @@ from kimi_kernels import backend, chunk_kda, fused_kda, recurrent_kda
 from kimi_kernels.kda import chunk_fwd
 from tests.helpers import DEVICE, FLOOR, KERNEL_DTYPES, assert_as_good_as, rel_err
 from tests.kernels.kda_cases import (
-    OPS,
+    KERNEL_OPS,
     PARAMETERS,
     check_kernel,
     cumulative,
     doubled,
     here,
-    make_inputs,
-    make_raw,
+    kernel_inputs,
+    kernel_raw,
     make_state,
     run,
     tokens,
 )
 
-CHUNK_OPS = [OPS[0], OPS[2]]  # what goes through chunks if it has 16 tokens
-each_op = pytest.mark.parametrize("op, make", OPS)
+CHUNK_OPS = [KERNEL_OPS[0], KERNEL_OPS[2]]  # what goes through chunks if it has 16 tokens
+each_op = pytest.mark.parametrize("op, make", KERNEL_OPS)
 each_chunk_op = pytest.mark.parametrize("op, make", CHUNK_OPS)
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
@@ -31,7 +31,7 @@ each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 PAIRS = list(zip(KERNEL_DTYPES, [torch.int32, torch.int64, torch.int32], strict=False))
 
 
-def states(N, HV=2, K=6, V=5):
+def states(N, HV=2, K=20, V=17):
     return make_state(N, HV, K, V, dtype=torch.float32).to(DEVICE)
 
 
@@ -91,7 +91,7 @@ def test_only_empty_sequences_hand_their_states_on(op, make, lengths):
     S = states(len(lengths))
     inputs, cu = here(make(0, dtype=torch.float32)), cumulative(lengths).to(DEVICE)
     o, got = run("triton", op, inputs, initial_state=S, cu_seqlens=cu)
-    assert o.shape == (1, 0, 2, 5)
+    assert o.shape == (1, 0, 2, 17)
     assert torch.equal(got, S)
     assert not run("triton", op, inputs, cu_seqlens=cu)[1].any()
 
@@ -136,7 +136,7 @@ def test_segments_change_no_bit(op, make, B, lengths, chunks, monkeypatch):
 @pytest.mark.parametrize("lengths", [[0, 0], [0, 70, 0, 0]], ids=str)
 def test_empty_sequences_in_segments(lengths, monkeypatch):
     monkeypatch.setattr(chunk_fwd, "SCRATCH_TOKENS", 1)
-    inputs = here(make_inputs(sum(lengths), HV=1, dtype=torch.float32))
+    inputs = here(kernel_inputs(sum(lengths), HV=1, dtype=torch.float32))
     inputs["initial_state"] = S = states(len(lengths), 1)
     _, got = check_kernel(chunk_kda, inputs, cu_seqlens=cumulative(lengths).to(DEVICE))
     empty = torch.tensor(lengths) == 0
@@ -170,17 +170,17 @@ def test_later_tokens_change_no_bit(op, make, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("make", [make_inputs, make_raw])
+@pytest.mark.parametrize("make", [kernel_inputs, kernel_raw])
 def test_pieces_of_any_form(make, dtype):
     """Chunks, tokens and chunks again, each from the state of the last: as good as all at once."""
     inputs = here(make(100, HV=1, dtype=dtype))
     S = first = states(1, 1)
     outs = []
     for i, (a, b) in enumerate(itertools.pairwise([0, 33, 40, 80, 80, 81, 100])):
-        op = fused_kda if make is make_raw else (chunk_kda, recurrent_kda)[i % 2]
+        op = fused_kda if make is kernel_raw else (chunk_kda, recurrent_kda)[i % 2]
         o, S = run("triton", op, tokens(inputs, a, b), initial_state=S)
         outs.append(o)
-    op = fused_kda if make is make_raw else recurrent_kda
+    op = fused_kda if make is kernel_raw else recurrent_kda
     ref = run("reference", op, inputs, initial_state=first)
     gold = run("reference", op, doubled(inputs), initial_state=first.double())
     for name, a, b, c in zip("oS", (torch.cat(outs, 1), S), ref, gold, strict=True):
