@@ -26,7 +26,6 @@ bench: .venv/.installed  ## time the ops on this GPU; BENCH_ARGS="--op kda --bud
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 report: .venv/.installed  ## write the README's tables and the plots from benchmarks/results
-	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -c constraints.txt -e ".[dev,bench]"
 	$(BIN)/python -m benchmarks.report
 
 clean:  ## remove build output and caches, keep .venv

@@ -146,7 +146,6 @@ def test_undrawn_plot(repository, capsys):
 
 
 def test_plot(repository):
-    pytest.importorskip("matplotlib")
     root = repository(make_row(T=2048), make_row(T=8192), make_row("floor", T=2048))
     text, path = written(root), root / "benchmarks/plots/kda_forward_h100.svg"
     assert f"](benchmarks/plots/{path.name})" in text
