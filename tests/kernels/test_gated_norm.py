@@ -1,6 +1,6 @@
 """gated_rms_norm: Triton against the PyTorch reference, and the reference against its formula.
 
-On a CPU the kernels run in Triton's interpreter, in fp32 only: it truncates casts to bf16.
+On a CPU the kernels run in Triton's interpreter, without bf16: it truncates casts to it.
 """
 
 import pytest
@@ -8,13 +8,9 @@ import torch
 from torch.autograd import gradcheck
 
 from kimi_kernels import backend, gated_rms_norm
-from tests.helpers import assert_as_good_as
+from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32]
-if DEVICE == "cuda":
-    DTYPES += [torch.bfloat16, torch.float16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 NAMES = ("o", "dx", "dg", "dw")
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.kda.reference import tree_matrices
 from kimi_kernels.sequences import CHUNK, chunk_table, sequence, token_rows
 from kimi_kernels.triton_math import RCP_LN2, ex2, softplus2
 
@@ -258,19 +259,13 @@ def kda_inter_kernel(
     tl.store(S_out + p_s, S, mask=m_s)
 
 
-@functools.lru_cache
-def _cached_masks(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return _make_masks(device, dtype)
-
-
 def _make_masks(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[8, C, C] of 0 and 1: levels 0-5 of the tree, 6 the inclusive cumsum, 7 what follows."""
-    r = torch.arange(CHUNK, device=device)
-    level = torch.arange(6, device=device)[:, None]
-    anchor = ((r >> (level + 1)) << (level + 1)) + (1 << level)  # [6, C]
-    lo, hi = torch.minimum(r, anchor)[..., None], torch.maximum(r, anchor)[..., None]
-    tree = (r > lo) & (r <= hi)
-    return torch.cat((tree, (r <= r[:, None])[None], (r > r[:, None])[None])).to(dtype)
+    levels, LOW, UP = tree_matrices(device, dtype)
+    return torch.stack([M for M, _ in levels] + [LOW, UP])
+
+
+_cached_masks = functools.lru_cache(_make_masks)
 
 
 def anchor_masks(device: torch.device, dtype: torch.dtype) -> Tensor:

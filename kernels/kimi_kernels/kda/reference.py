@@ -37,8 +37,7 @@ def recurrent_form(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: 
     return torch.stack(o, 2), S
 
 
-@functools.lru_cache
-def anchor_tree(device: torch.device, dtype: torch.dtype):
+def tree_matrices(device: torch.device, dtype: torch.dtype):
     """0/1 matrices of the chunk form, see README.md: per level (M, pairs), then LOW and UP."""
     r = torch.arange(CHUNK, device=device)
     levels = []
@@ -51,6 +50,9 @@ def anchor_tree(device: torch.device, dtype: torch.dtype):
         levels.append((M.to(dtype), pairs.to(dtype)))
     ones = torch.ones(CHUNK, CHUNK, device=device, dtype=dtype)
     return levels, ones.tril(), ones.triu(1)
+
+
+anchor_tree = functools.lru_cache(tree_matrices)
 
 
 def chunk_form(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor):
