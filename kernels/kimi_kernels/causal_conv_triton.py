@@ -56,8 +56,8 @@ def causal_conv_kernel(
         for t in tl.static_range(start, start + GROUP):
             b_x = rows[t - start].to(tl.float32)
             acc = b_x * w[W - 1]
-            for j in tl.static_range(W - 1):
-                acc += window[j] * w[j]
+            for j in tl.static_range(W - 1):  # fma: every token is rounded alike
+                acc = tl.fma(window[j], w[j], acc)
             b_y = (acc * tl.sigmoid(acc)).to(y.dtype.element_ty)
             tl.store(y + t * D_i + c, b_y, mask=m & (t < length))
             window = window[1:] + (b_x,)  # Triton has no unpacking
@@ -121,15 +121,8 @@ def causal_conv_fwd(
             )  # fmt: skip
         if output_final_state:
             conv_state_kernel[(N, tiles)](
-                x,
-                state,
-                new,
-                cu_seqlens,
-                T,
-                first,
-                num_warps=1,
-                **meta,
-            )
+                x, state, new, cu_seqlens, T, first, num_warps=1, **meta
+            )  # fmt: skip
         ys.append(y)
         first += D_i
     return ys, new

@@ -11,6 +11,7 @@ def poison_empty(monkeypatch):
 
         def poisoned(*args, _make=make, **kwargs):
             t = _make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t
+            with torch.no_grad():
+                return t.fill_(float("nan")) if t.is_floating_point() else t
 
         monkeypatch.setattr(owner, name, poisoned)

@@ -18,11 +18,12 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SHARED = 227 * 1024  # bytes for one program
-CASES = {  # K = V, raw, packed
-    "raw": (128, True, False),
-    "raw-packed": (128, True, True),
-    "given-packed": (128, False, True),
-    "K=64": (64, True, False),
+CASES = {  # tokens, K = V, raw, packed
+    "raw": (8192, 128, True, False),
+    "raw-packed": (8192, 128, True, True),
+    "given-packed": (8192, 128, False, True),
+    "K=64": (8192, 64, True, False),
+    "exact": (256, 128, True, False),
 }
 
 
@@ -156,8 +157,8 @@ def compile_case(case: str, folder: Path) -> None:
         compiled[kernel.hash] = kernel
 
     JITFunction.run = compile_only
-    D, raw, packed = CASES[case]
-    T, H = 8192, 32
+    T, D, raw, packed = CASES[case]
+    H = 32
 
     def tensor(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")

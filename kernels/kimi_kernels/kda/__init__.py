@@ -173,7 +173,7 @@ def fused_kda(
         kda_gate_checks(f, A_log, dt_bias, lower_bound)
         from kimi_kernels.kda.autograd import kda
 
-        gate = (A_log, dt_bias, q.shape[-1] ** -0.5, lower_bound)
+        gate = (A_log.contiguous(), dt_bias.contiguous(), q.shape[-1] ** -0.5, lower_bound)
         o, S = kda(q, k, v, f, b, *gate, initial_state, cu_seqlens, recurrent)
     else:
         form = recurrent_form if recurrent else chunk_form

@@ -32,7 +32,6 @@ def kda_fwd(q, k, v, *args, recurrent: bool, for_backward: bool = False):
 def kda(*args) -> tuple[Tensor, Tensor]:
     """`kda_fwd`; an operator, which costs 0.1 ms of host time or more, only for a compiler."""
     *args, recurrent = args
-    args[5:7] = (None if x is None else x.contiguous() for x in args[5:7])  # A_log and dt_bias
     if torch.compiler.is_compiling():
         return kda_op(*args, recurrent)[:2]
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):

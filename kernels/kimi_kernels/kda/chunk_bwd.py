@@ -8,10 +8,11 @@ Per segment of chunks, the last one first, `intra` runs again and then
     wide     per chunk: q, k and the decay from pairs of tokens in different blocks of 8, and from
              those products (chunk_bwd_keys.py)
     pairs    per block of 8: the same from pairs inside of it; the activations
+    keys     instead of `wide` and `pairs` on Hopper (keys_gluon.py)
 
 `inter` and `reverse` do not need each other's results. Products take bf16 for bf16 inputs, and
-otherwise fp32 as one (fp16) or three (fp32) tf32 products: a gradient may not fit in fp16. So do
-small bf16 inputs: dA_log is a sum that cancels, and over few tokens nothing averages its rounding.
+otherwise fp32 as three tf32 products: a gradient may not fit in fp16, and one product truncates.
+So do small bf16 inputs: dA_log is a sum that cancels, by more than most over few tokens and heads.
 """
 
 import torch
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.kda import keys_gluon
 from kimi_kernels.kda.chunk_bwd_keys import PAIR_BLOCK, kda_pairs_kernel, kda_wide_kernel
 from kimi_kernels.kda.chunk_fwd import (
     BACKWARD_TOKENS,
@@ -28,9 +30,10 @@ from kimi_kernels.kda.chunk_fwd import (
     inter_config,
 )
 from kimi_kernels.kda.chunk_kernels import locate_chunk, locate_span
+from kimi_kernels.kda.gate_triton import GATE_BOUNDED
 from kimi_kernels.sequences import CHUNK, token_rows
 
-EXACT_BELOW = 1 << 11  # tokens x heads
+EXACT_BELOW = 1 << 14  # tokens x heads
 KEY_TILE = 32  # channels of `wide`
 PAIR_BLOCKS = CHUNK // PAIR_BLOCK.value
 
@@ -203,7 +206,7 @@ def chunk_kda_bwd(
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     exact = q.dtype != torch.bfloat16 or B * T * HV < EXACT_BELOW
     GT = torch.float32 if exact else torch.bfloat16
-    prec = "tf32x3" if q.dtype == torch.float32 else "tf32" if exact else "ieee"
+    prec = "tf32x3" if exact else "ieee"
     x = Chunks(*args, segment=BACKWARD_TOKENS, backward=True, exact=exact)
     BK = x.sizes["BK"]
     rows, at = [token_rows(t) for t in (v, do)], (x.cu_seqlens, x.offsets, x.owner)
@@ -212,7 +215,9 @@ def chunk_kda_bwd(
     dv, dbeta = torch.empty_like(o), torch.empty(B, T, HV, dtype=beta.dtype, device=q.device)
     dS = dS.clone(memory_format=torch.contiguous_format)
     dA, ddt = q.new_zeros(HV, dtype=torch.float32), q.new_zeros(HV, K, dtype=torch.float32)
-    sums_T = anchor_masks(q.device, GT, True)
+    gluon = not exact and keys_gluon.takes(q.device, q.dtype, K, x.raw)
+    blocks = keys_gluon.BLOCKS if gluon else PAIR_BLOCKS
+    sums_T = None if gluon else anchor_masks(q.device, GT, True)
     segments = x.segments()
     if len(borders) < len(segments) - 1:  # the forward pass went token by token
         borders = chunk_kda_fwd(*args, for_backward=True)[2]
@@ -243,21 +248,28 @@ def chunk_kda_bwd(
             V=V, **x.sizes, BV=BV, KT=KT, RAW=x.raw, PREC=prec, num_warps=4, num_stages=1,
         )  # fmt: skip
         del S_all, dS_all, e_all, de, dv_new  # the next scratch takes their memory
-        gq, gk, da = (x.scratch(CHUNK, BK, dtype=GT) for _ in range(3))
         inputs = *x.inputs[:3], *x.inputs[4:]  # all but beta
-        keys = {"H": H, **x.sizes, "GATE": x.gate, "RAW": x.raw}
-        kda_wide_kernel[(grid[0] * BK // KEY_TILE,)](
-            *inputs, x.masks, sums_T, x.norms, A_grad, P_grad, dqs, dkr, dkw,
-            SdS, x.decay, gq, gk, da, *place, x.scale, x.lower_bound, *x.strides[:3],
-            **keys, KT=KEY_TILE, DT=tl.float32 if torch.float32 == x.DT else tl.float16, PREC=prec,
-            FPREC=x.prec, num_warps=4, num_stages=1,
-        )  # fmt: skip
-        parts = [x.scratch(PAIR_BLOCKS, *n, dtype=torch.float32) for n in ((BK,), ())]
-        kda_pairs_kernel[(grid[0] * PAIR_BLOCKS,)](
-            *inputs, x.norms, A_grad, P_grad, sums, gq, gk, da,
-            dq, dk, dg, *parts, *place, x.scale, x.lower_bound, *x.strides[:3],
-            **keys, num_warps=4,
-        )  # fmt: skip
+        parts = [x.scratch(blocks, *n, dtype=torch.float32) for n in ((BK,), ())]
+        after = (*place, x.scale, x.lower_bound, *x.strides[:3])
+        if gluon:
+            keys_gluon.kda_keys_gluon[grid](
+                *inputs, x.norms, A_grad, P_grad, sums, dqs, dkr, dkw, SdS, x.decay,
+                dq, dk, dg, *parts, *after, H=H, HV=HV, K=K,
+                BOUNDED=x.gate == GATE_BOUNDED, VARLEN=x.sizes["VARLEN"], num_warps=4,
+            )  # fmt: skip
+        else:
+            keys = {"H": H, **x.sizes, "GATE": x.gate, "RAW": x.raw}
+            gq, gk, da = (x.scratch(CHUNK, BK, dtype=GT) for _ in range(3))
+            kda_wide_kernel[(grid[0] * BK // KEY_TILE,)](
+                *inputs, x.masks, sums_T, x.norms, A_grad, P_grad, dqs, dkr, dkw, SdS, x.decay,
+                gq, gk, da, *after,
+                **keys, KT=KEY_TILE, DT=tl.float32 if torch.float32 == x.DT else tl.float16,
+                PREC=prec, FPREC=x.prec, num_warps=4, num_stages=1,
+            )  # fmt: skip
+            kda_pairs_kernel[(grid[0] * PAIR_BLOCKS,)](
+                *inputs, x.norms, A_grad, P_grad, sums, gq, gk, da, dq, dk, dg, *parts, *after,
+                **keys, num_warps=4,
+            )  # fmt: skip
         if x.raw:
             ddt += parts[0][: c1 - c0, ..., :K].sum((0, 2))
             dA += parts[1][: c1 - c0].sum((0, 2))

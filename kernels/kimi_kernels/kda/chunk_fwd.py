@@ -40,9 +40,9 @@ class Chunks:
     """One call on the GPU: where its tokens and chunks lie, and scratch for a segment of chunks.
 
     Arguments as `chunk_kda_fwd`. Scratch [chunks of a segment, HV, ...]: qg, kg, w [C, BK], M and
-    A_qk [C, C] in the dtype of q; decay [BK] and beta [C] in fp32; for the backward pass also the
-    factors `norms` [2, C] of q and k, or A_kk [C, C] if these were not normalised, in fp32.
-    `exact`: `intra` in fp32 for all inputs; decays in fp16 cost up to 1e-3 of a gradient.
+    A_qk [C, C] in the dtype of q, in fp32 if `exact`; decay [BK] and beta [C] in fp32; for the
+    backward pass also the factors `norms` [2, C] of q and k, or A_kk [C, C] if these were not
+    normalised, in fp32. `exact`: `intra` and `inter` in fp32 for all inputs.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Chunks:
         B, T, H, K = q.shape
         HV, V = v.shape[2:]
         self.raw, self.scale, self.cu_seqlens = A_log is not None, scale, cu_seqlens
-        self.ST = q.dtype
         exact = exact or q.dtype == torch.float32
+        self.ST = torch.float32 if exact else q.dtype
         self.DT, self.prec = (torch.float32, "tf32x3") if exact else (torch.float16, "ieee")
         BK = max(64, triton.next_power_of_2(K))  # smaller: illegal accesses (Triton 3.6)
         self.offsets = self.owner = None

@@ -278,7 +278,7 @@ def kda_inter_kernel(
             e = -tl.dot(b_w, b_S, input_precision=PREC)
         else:
             b_M = tl.load(M + at * BT * BT + pa)
-            b_v = tl.load(v + t.to(tl.int64) * s_v + pv, mask=m, other=0.0)
+            b_v = tl.load(v + t.to(tl.int64) * s_v + pv, mask=m, other=0.0).to(ST)
             e = tl.dot(b_M, b_v, input_precision=PREC) - tl.dot(b_w, b_S, input_precision=PREC)
         v_new = (e * b_b[:, None]).to(ST)
         if S_all is not None:
