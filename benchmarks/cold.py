@@ -1,6 +1,6 @@
-"""The first forward call of a fresh process: what kernel compilation and autotuning cost.
+"""The first call of a fresh process: what kernel compilation and autotuning cost.
 
-    python -m benchmarks.cold OP PROVIDER SHAPE     prints milliseconds
+    python -m benchmarks.cold OP MODE PROVIDER SHAPE     prints milliseconds
 
 Imports and inputs come before the clock starts. `run` starts it with an empty TRITON_CACHE_DIR.
 """
@@ -18,9 +18,9 @@ from benchmarks.ops import DTYPE, OPS
 from benchmarks.timing import synchronize
 
 
-def first_call(op_name: str, provider: str, shape: Shape) -> float:
+def first_call(name: str, mode: str, provider: str, shape: Shape) -> float:
     """Wall milliseconds until the device is done."""
-    op = next(op for op in OPS if (op.name, op.timer) == (op_name, "process"))
+    op = next(op for op in OPS if (op.name, op.mode) == (name, mode))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(ImportError):
         import_module("triton")
@@ -33,4 +33,5 @@ def first_call(op_name: str, provider: str, shape: Shape) -> float:
 
 
 if __name__ == "__main__":
-    print(first_call(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))
+    name, mode, provider, shape = sys.argv[1:]
+    print(first_call(name, mode, provider, json.loads(shape)))

@@ -47,6 +47,12 @@ def kda_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     return x | {"do": _Draw(dtype, device).normal(*x["v"].shape)}
 
 
+def strong_gate_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`kda_train_inputs` with gates that forget nearly all at some tokens and nothing at others."""
+    x = kda_train_inputs(shape, dtype, device)
+    return x | {"f": 30 * x["f"] - 1}
+
+
 def kda_step_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """One token per sequence before the convolution, and the states that it meets."""
     B, H, K, V, W = (shape[letter] for letter in "BHKVW")
@@ -74,9 +80,21 @@ def conv_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Input
     return x | {"weight": draw.normal(3 * H * K, W) / W**0.5}
 
 
+def conv_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`conv_inputs`, and the gradients of the three outputs, do [3, B, T, H * K]."""
+    x = conv_inputs(shape, dtype, device)
+    return x | {"do": _Draw(dtype, device).normal(3, *x["q"].shape)}
+
+
 def gated_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Arguments of `gated_rms_norm`: x, g [B, T, H, V] and w [V]."""
     B, T, H, V = (shape[letter] for letter in "BTHV")
     draw = _Draw(dtype, device)
     x = {name: draw.normal(B, T, H, V) for name in "xg"}
     return x | {"w": 1 + 0.1 * draw.normal(V)}
+
+
+def gated_norm_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`gated_norm_inputs`, and the gradient of the output, do [B, T, H, V]."""
+    x = gated_norm_inputs(shape, dtype, device)
+    return x | {"do": _Draw(dtype, device).normal(*x["x"].shape)}

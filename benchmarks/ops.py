@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 
 from benchmarks import inputs as data
+from benchmarks import model_step
 from benchmarks import providers as by
 from benchmarks.inputs import Inputs, Shape
-from benchmarks.providers import Build, Provider, forward, reference, train
+from benchmarks.providers import Build, Provider, forward, gradient, reference, train
 
 DTYPE = torch.bfloat16
 SIZE = DTYPE.itemsize  # bytes
@@ -31,7 +32,8 @@ class Op:
         check: letters that change for the check against the provider `reference`, to make a small
             shape; None: no check.
         timer: `events`: single calls; `graph`: calls in a CUDA graph, on different memory;
-            `process`: the first call of a fresh process.
+            `process`: the first call of a fresh process; `error`: no time, but how far the outputs
+            are from those of the provider `reference` in fp64, as RMS(x - gold) / RMS(gold).
     """
 
     name: str
@@ -43,7 +45,11 @@ class Op:
     inputs: Callable[[Shape, torch.dtype, torch.device], Inputs]
     providers: dict[str, Provider]
     check: Shape | None = None
-    timer: Literal["events", "graph", "process"] = "events"
+    timer: Literal["events", "graph", "process", "error"] = "events"
+
+
+# released widths, 3 KDA layers + MLA, one of them with a dense feed-forward; letters: model_step.py
+MODEL = {"L": 4, "D": 2304, "H": 32, "K": 128, "E": 256, "F": 1024, "R": 512, "vocab": 163840}
 
 
 def _kda_shape(B: int, T: int, H: int = 32) -> Shape:
@@ -88,6 +94,40 @@ def _step_bytes(s: Shape) -> float:
     return state + SIZE * (B * (D + H * K + H + 2 * H * V + 2 * (W - 1) * D) + D * W)
 
 
+def _conv_bytes(s: Shape) -> float:
+    """x and weight in; y out."""
+    return SIZE * 3 * s["K"] * (2 * _tokens(s) + s["H"] * s["W"])
+
+
+def _conv_train_bytes(s: Shape) -> float:
+    """The forward pass; then x, weight and dy in, dx and dweight out."""
+    return _conv_bytes(s) + SIZE * 3 * s["K"] * (3 * _tokens(s) + 2 * s["H"] * s["W"])
+
+
+def _norm_bytes(s: Shape) -> float:
+    """x, g and w in; o out."""
+    return SIZE * s["V"] * (3 * _tokens(s) + 1)
+
+
+def _norm_train_bytes(s: Shape) -> float:
+    """The forward pass; then x, g, w and do in, dx, dg and dw out."""
+    return _norm_bytes(s) + SIZE * s["V"] * (5 * _tokens(s) + 2)
+
+
+def _model_flops(s: Shape) -> float:
+    """6 per active parameter and token; thrice the forward of KDA's chunks and of causal MLA."""
+    B, T, L, H, K = (s[letter] for letter in "BTLHK")
+    mla_layers = -(-L // 4)
+    kda = (L - mla_layers) * _kda_flops(s | {"V": K})
+    mla = mla_layers * B * H * T * T * (2 * K + K // 2)  # half of 2 T^2 per channel of k and v
+    return 6 * model_step.parameters(s)["active"] * B * T + 3 * (kda + mla)
+
+
+def _model_bytes(s: Shape) -> float:
+    """Every weight in, every gradient out."""
+    return 2 * SIZE * model_step.parameters(s)["total"]
+
+
 def _small(limit: int) -> Callable[[Shape], bool]:
     """Up to `limit` tokens times heads."""
     return lambda s: _tokens(s) <= limit
@@ -103,6 +143,7 @@ def _flash_kda(build: Build, expected: Build | None = None) -> Provider:
 
 BOUNDED = reference(forward(by.our_bounded_kda))
 KDA_TESTS = "tests/kernels/test_kda*.py"
+CONV_TESTS = "tests/kernels/test_causal_conv*.py"
 
 OPS = (
     Op(
@@ -132,7 +173,12 @@ OPS = (
         name="kda",
         mode="train",
         tests=KDA_TESTS,
-        shapes=(_kda_shape(1, 2048), _kda_shape(1, 8192), _kda_shape(8, 2048)),
+        shapes=(
+            _kda_shape(1, 2048),
+            _kda_shape(1, 8192),
+            _kda_shape(1, 65536),
+            _kda_shape(8, 2048),
+        ),
         flops=lambda s: 3 * _kda_flops(s),
         bytes=_kda_train_bytes,
         inputs=data.kda_train_inputs,
@@ -163,10 +209,10 @@ OPS = (
     Op(
         name="conv",
         mode="forward",
-        tests="tests/kernels/test_causal_conv.py",
+        tests=CONV_TESTS,
         shapes=({"B": 1, "T": 8192, "H": 32, "K": 128, "W": 4},),
         flops=lambda s: _tokens(s) * 3 * s["K"] * 2 * s["W"],
-        bytes=lambda s: SIZE * 3 * s["K"] * (2 * _tokens(s) + s["H"] * s["W"]),
+        bytes=_conv_bytes,
         inputs=data.conv_inputs,
         check={"T": 256},
         providers={
@@ -176,18 +222,67 @@ OPS = (
         },
     ),
     Op(
+        name="conv",
+        mode="train",
+        tests=CONV_TESTS,
+        shapes=({"B": 1, "T": 8192, "H": 32, "K": 128, "W": 4},),
+        flops=lambda s: 3 * _tokens(s) * 3 * s["K"] * 2 * s["W"],
+        bytes=_conv_train_bytes,
+        inputs=data.conv_train_inputs,
+        check={"T": 256},
+        providers={
+            "ours": Provider(train(by.our_conv)),
+            "fla": _fla(train(by.fla_conv)),
+            "reference": Provider(reference(train(by.our_conv))),
+        },
+    ),
+    Op(
         name="gated_norm",
         mode="forward",
         tests="tests/kernels/test_gated_norm.py",
         shapes=({"B": 1, "T": 8192, "H": 32, "V": 128},),
         flops=lambda s: _tokens(s) * s["V"] * 8,
-        bytes=lambda s: SIZE * s["V"] * (3 * _tokens(s) + 1),
+        bytes=_norm_bytes,
         inputs=data.gated_norm_inputs,
         check={"T": 256},
         providers={
             "ours": Provider(forward(by.our_norm)),
-            "fla": _fla(by.fla_norm),
+            "fla": _fla(forward(by.fla_norm)),
             "reference": Provider(reference(forward(by.our_norm))),
+        },
+    ),
+    Op(
+        name="gated_norm",
+        mode="train",
+        tests="tests/kernels/test_gated_norm.py",
+        shapes=({"B": 1, "T": 8192, "H": 32, "V": 128},),
+        flops=lambda s: 3 * _tokens(s) * s["V"] * 8,
+        bytes=_norm_train_bytes,
+        inputs=data.gated_norm_train_inputs,
+        check={"T": 256},
+        providers={
+            "ours": Provider(train(by.our_norm)),
+            "fla": _fla(train(by.fla_norm)),
+            "reference": Provider(reference(train(by.our_norm))),
+        },
+    ),
+    Op(
+        name="model",
+        mode="train_step",
+        # the tests that need no native model: beside fla that one does not run on a CPU
+        tests="tests/model/test_packing.py",
+        shapes=({"B": 1, "T": 4096} | MODEL,),
+        flops=_model_flops,
+        bytes=_model_bytes,
+        inputs=model_step.inputs,
+        # 8 of 8 experts: where some are left out, one bf16 rounding chooses others
+        check={"B": 1, "T": 256, "E": 8, "vocab": 1024},
+        providers={
+            "ours": Provider(model_step.ours),
+            "native": _fla(model_step.native),
+            "reference": Provider(
+                reference(model_step.ours), fits=lambda s: s["B"] * s["T"] <= 2048
+            ),
         },
     ),
     Op(
@@ -203,5 +298,40 @@ OPS = (
             "fla": _fla(forward(by.fla_kda)),
         },
         timer="process",
+    ),
+    Op(
+        name="kda",
+        mode="cold_train",
+        tests=KDA_TESTS,
+        shapes=(_kda_shape(1, 8192),),
+        flops=lambda s: 3 * _kda_flops(s),
+        bytes=_kda_train_bytes,
+        inputs=data.kda_train_inputs,
+        providers={
+            "ours": Provider(train(by.our_kda)),
+            "fla": _fla(train(by.fla_kda)),
+        },
+        timer="process",
+    ),
+    *(
+        Op(
+            name="kda_gradients",
+            mode=mode,
+            tests=KDA_TESTS,
+            shapes=(_kda_shape(1, 2048),),
+            flops=lambda s: 3 * _kda_flops(s),
+            bytes=_kda_train_bytes,
+            inputs=inputs,
+            providers={
+                "ours": Provider(gradient("A_log", train(by.our_kda))),
+                "fla": _fla(gradient("A_log", train(by.fla_kda))),
+                "reference": Provider(reference(gradient("A_log", train(by.our_kda)))),
+            },
+            timer="error",
+        )
+        for mode, inputs in (
+            ("error", data.kda_train_inputs),
+            ("error_strong", data.strong_gate_inputs),
+        )
     ),
 )

@@ -45,8 +45,9 @@ def curves(plot: Plot, rows: Iterable[Row]) -> Curves:
     """What `plot` shows of the rows; empty unless some provider has two points."""
     found: Curves = {}
     for row in rows:
-        shape = row["shape"]
-        if (row["op"], row["mode"]) == (plot.op, plot.mode) and plot.at.items() <= shape.items():
+        shape, timed = row["shape"], row["ms_p50"] is not None
+        mine = (row["op"], row["mode"]) == (plot.op, plot.mode)
+        if mine and timed and plot.at.items() <= shape.items():
             tokens = 1
             for letter in plot.tokens:
                 tokens *= shape[letter]

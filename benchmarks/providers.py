@@ -63,8 +63,11 @@ def forward(load: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]) -> B
     return build
 
 
-def train(load: Callable[[], Callable[..., Tensor]]) -> Build:
-    """Forward and backward, from the gradient `do` among the inputs to that of every other one."""
+def train(load: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]) -> Build:
+    """Forward and backward, from the gradient `do` among the inputs to that of every other one.
+
+    Of several outputs `do` has the gradients side by side.
+    """
 
     def build(x: Inputs) -> Call:
         op = load()
@@ -72,11 +75,23 @@ def train(load: Callable[[], Callable[..., Tensor]]) -> Build:
 
         def call():
             o = op(**leaves)
-            return o.detach(), *torch.autograd.grad(o, tuple(leaves.values()), x["do"])
+            outputs, do = ((o,), (x["do"],)) if isinstance(o, Tensor) else (o, x["do"].unbind())
+            gradients = torch.autograd.grad(outputs, tuple(leaves.values()), do)
+            return *(y.detach() for y in outputs), *gradients
 
         return call
 
     return build
+
+
+def gradient(name: str, build: Build) -> Build:
+    """Of a training step with one output: only the gradient of one input."""
+
+    def only_one(x: Inputs) -> Call:
+        call, i = build(x), [key for key in x if key != "do"].index(name)
+        return lambda: (call()[1 + i],)
+
+    return only_one
 
 
 def reference(build: Build) -> Build:
@@ -202,7 +217,7 @@ def fla_recurrence(x: Inputs) -> Call:
 def fla_kda_step(x: Inputs) -> Call:
     """As fla's layer: one convolution per projection, the recurrence, the gated norm."""
     update = import_module("fla.modules.convolution").causal_conv1d_update
-    recurrent, norm = _fla_recurrent(x), _fla_norm(x["norm_weight"])
+    recurrent, norm = _fla_recurrent(x), fla_norm()
     xs, H = _projections(x), x["f"].shape[2]
     sizes = [t.shape[-1] for t in xs]
     weights = x["conv_weight"].split(sizes)
@@ -214,7 +229,7 @@ def fla_kda_step(x: Inputs) -> Call:
     def call():
         ys = [update(x=t, cache=c, weight=w, activation="silu")[0] for t, c, w in conv]
         o, S = recurrent(*_heads(H, *ys))
-        return norm(o, x["gate"]), S
+        return norm(o, x["gate"], x["norm_weight"]), S
 
     return call
 
@@ -243,14 +258,7 @@ def our_norm():
     return gated_rms_norm
 
 
-def _fla_norm(weight: Tensor):
-    norm = import_module("fla.modules").FusedRMSNormGated(
-        weight.shape[0], eps=1e-5, activation="sigmoid", device=weight.device, dtype=weight.dtype
-    )
-    norm.weight.data.copy_(weight)
-    return norm
-
-
-def fla_norm(x: Inputs) -> Call:
-    norm = _fla_norm(x["w"])
-    return torch.no_grad()(lambda: (norm(x["x"], x["g"]),))
+def fla_norm():
+    """What fla's `FusedRMSNormGated` calls."""
+    norm = import_module("fla.modules.fused_norm_gate").rms_norm_gated
+    return lambda x, g, w: norm(x, g, w, None, activation="sigmoid", eps=1e-5)

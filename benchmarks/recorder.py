@@ -61,15 +61,17 @@ class Recorder:
         flops: float | None = None,
         bytes: float | None = None,
         peak_mb: float | None = None,
+        error: float | None = None,
         package: str | None = None,
     ) -> None:
-        """One row, from milliseconds per call; a single sample has no p20 and p80.
+        """One row, from milliseconds per call; a single sample has no p20 and p80, none no time.
 
         Args:
             flops, bytes: of one call, for the rates.
+            error: what an op of the timer `error` has in place of a time.
             package: distribution of the provider, None for our own code.
         """
-        p20, p50, p80 = quantiles(samples)
+        p20, p50, p80 = quantiles(samples) if samples else (None, None, None)
         single = len(samples) == 1
         row = {
             "op": op,
@@ -79,12 +81,14 @@ class Recorder:
             "ms_p50": p50,
             "ms_p20": None if single else p20,
             "ms_p80": None if single else p80,
-            "tflops": flops and flops / p50 / 1e9,
-            "gbps": bytes and bytes / p50 / 1e6,
+            "tflops": p50 and flops and flops / p50 / 1e9,
+            "gbps": p50 and bytes and bytes / p50 / 1e6,
             "peak_mb": peak_mb,
+            "error": error,
             "provider_version": package and f"{package} {version(package)}",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
         rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         replace(self.path, rounded | self.facts)
-        tqdm.write(f"{op} {mode} {label(shape)} {provider}: {p50:.4g} ms")
+        figure = f"{p50:.4g} ms" if error is None else f"error {error:.2g}"
+        tqdm.write(f"{op} {mode} {label(shape)} {provider}: {figure}")

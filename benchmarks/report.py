@@ -21,14 +21,21 @@ from benchmarks.results import ROOT, Row, label, read
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 MODES = {"forward": "forward", "train": "forward + backward", "decode": "decode step"}
 MODES |= {"cold": "first call, nothing compiled"}
+MODES |= {"cold_train": "first forward + backward, nothing compiled"}
+MODES |= {"train_step": "forward, loss, backward"}
+MODES |= {"error": "gates as a model starts", "error_strong": "strong gates"}
+UNITS = {"kda_gradients": "relative RMS error of dA_log"}
 PROVIDERS = {"fla_bounded": "fla, bounded gate", "flash_kda": "FlashKDA, bounded gate"}
-PROVIDERS |= {"fla_recurrence": "fla, recurrence alone"}
+PROVIDERS |= {"fla_recurrence": "fla, recurrence alone", "native": "transformers + fla"}
+BASELINES = ("fla", "native")  # ours is compared with the first of them that is there
 MISSING = "-"
 T = TypeVar("T", str, tuple)
 
 
 def digits(x: float, n: int = 3) -> str:
-    """`n` significant digits, never fewer before the point: 0.0144, 1.26, 233, 12,345."""
+    """`n` significant digits, never fewer before the point: 2.1e-06, 0.0144, 1.26, 233, 12,345."""
+    if x < 1e-4:
+        return f"{x:.1e}"
     return f"{x:,.{max(0, n - 1 - math.floor(math.log10(x)))}f}"
 
 
@@ -52,30 +59,31 @@ def constants(rows: Sequence[Row]) -> str:
     return ", ".join(f"{letter} {'/'.join(map(str, sorted(s)))}" for letter, s in sizes.items())
 
 
-def cells(ms: dict[str, float], names: Sequence[str], compared: bool) -> list[str]:
-    """Of one row: the times in ms, and with `compared` ours as a fraction of fla's."""
+def cells(ms: dict[str, float], names: Sequence[str], baseline: str | None) -> list[str]:
+    """Of one row: the times in ms, and ours as a fraction of the baseline's if there is one."""
     times = [digits(ms[name]) if name in ms else MISSING for name in names]
-    if not compared:
+    if baseline is None:
         return times
-    return [*times, f"{ms['ours'] / ms['fla']:.2f}" if {"ours", "fla"} <= set(ms) else MISSING]
+    both = {"ours", baseline} <= set(ms)
+    return [*times, f"{ms['ours'] / ms[baseline]:.2f}" if both else MISSING]
 
 
 def table(op: str, rows: Sequence[Row]) -> list[str]:
-    """Markdown lines: a row per mode and shape, a column per provider."""
+    """Markdown lines: a row per mode and shape, a column per provider; times, or errors."""
     times: dict[tuple, dict[str, float]] = {}
     for row in rows:
         line = times.setdefault((row["mode"], *sorted(row["shape"].items())), {})
-        line[row["provider"]] = row["ms_p50"]
+        line[row["provider"]] = row["ms_p50"] if row["error"] is None else row["error"]
     listed = [(o.mode, *sorted(s.items())) for o in OPS if o.name == op for s in o.shapes]
     names = in_order((row["provider"] for row in rows), provider_order(op))
-    compared = {"ours", "fla"} <= set(names)
+    baseline = next((n for n in BASELINES if {"ours", n} <= set(names)), None)
     letters = " x ".join(letter for letter in "BTH" if letter in rows[0]["shape"])
     head = ["mode", letters, *(PROVIDERS.get(name, name) for name in names)]
-    head += ["ours / fla"] if compared else []
+    head += [f"ours / {baseline}"] if baseline else []
     lines: list[list[str]] = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for key in in_order(times, listed):
         start = [MODES.get(key[0], key[0]), label(dict(key[1:]))]
-        lines.append([*start, *cells(times[key], names, compared)])
+        lines.append([*start, *cells(times[key], names, baseline)])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -96,13 +104,25 @@ def provenance(rows: Sequence[Row], every_row: Sequence[Row]) -> str:
     return f"{', '.join(parts)}; measured {when}{at}."
 
 
+def memory(rows: Sequence[Row]) -> str:
+    """What training needs above its inputs, in front of another sentence."""
+    peaks: dict[str, list[str]] = {}
+    for row in rows:
+        if row["mode"] in ("train", "train_step") and row["peak_mb"]:
+            name = PROVIDERS.get(row["provider"], row["provider"])
+            peak = f"{name} {digits(row['peak_mb'] / 1e3)}"
+            peaks.setdefault(label(row["shape"]), []).append(peak)
+    text = "; ".join(f"{shape}: {', '.join(found)}" for shape, found in peaks.items())
+    return f"Peak memory of training above the inputs, GB: {text}. " if text else ""
+
+
 def section(op: str, rows: Sequence[Row], images: Sequence[str]) -> str:
     """What stands between the markers of an op, for one GPU."""
     mine = [row for row in rows if row["op"] == op]
     gpu, dtype = mine[0]["gpu"], mine[0]["dtype"]
     sizes = constants(mine)
-    caption = f"`{op}` on {gpu}, {dtype}{', ' if sizes else ''}{sizes}, ms:"
-    lines = ["", caption, "", *table(op, mine), "", provenance(mine, rows), ""]
+    caption = f"`{op}` on {gpu}, {dtype}{', ' if sizes else ''}{sizes}, {UNITS.get(op, 'ms')}:"
+    lines = ["", caption, "", *table(op, mine), "", memory(mine) + provenance(mine, rows), ""]
     for image in images:
         lines += [f"![{op} on {gpu}: time per token]({image})", ""]
     return "\n".join(lines)

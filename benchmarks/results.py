@@ -10,9 +10,9 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEY = ("op", "mode", "provider", "shape", "dtype", "gpu")
-COLUMNS = (  # times in ms, rates in TFLOP/s and GB/s, memory in MB (1e6 bytes)
+COLUMNS = (  # times in ms, rates in TFLOP/s and GB/s, memory in MB (1e6 bytes), error relative
     *KEY[:5],
-    *("ms_p50", "ms_p20", "ms_p80", "tflops", "gbps", "peak_mb"),
+    *("ms_p50", "ms_p20", "ms_p80", "tflops", "gbps", "peak_mb", "error"),
     *("gpu", "torch", "triton", "provider_version", "git", "date"),
 )
 

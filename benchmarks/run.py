@@ -132,7 +132,8 @@ class Bench:
 
     def time_first_call(self, op: Op, shape: Shape, name: str) -> None:
         """One call in a fresh process with nothing compiled."""
-        command = [sys.executable, "-m", "benchmarks.cold", op.name, name, json.dumps(shape)]
+        what = [op.name, op.mode, name, json.dumps(shape)]
+        command = [sys.executable, "-m", "benchmarks.cold", *what]
         with tempfile.TemporaryDirectory() as cache:
             env = guard.environment() | {"TRITON_CACHE_DIR": cache}
             done = subprocess.run(
@@ -142,12 +143,22 @@ class Bench:
             raise Refused(done.stderr.strip()[-1000:])
         self.write(op, shape, name, [float(done.stdout.split()[-1])])
 
-    def write(self, op: Op, shape: Shape, name: str, samples: list[float], peak_mb=None) -> None:
+    def measure_error(self, op: Op, shape: Shape, name: str) -> None:
+        """Of the outputs, against those of the reference in fp64."""
+        x = op.inputs(shape, DTYPE, self.device)
+        gold = op.providers["reference"].build({key: t.double() for key, t in x.items()})()
+        error = guard.disagreement(op.providers[name].build(x)(), gold)
+        if error == float("inf"):
+            raise Refused("an output is not finite")
+        self.write(op, shape, name, [], error=error)
+
+    def write(
+        self, op: Op, shape: Shape, name: str, samples: list[float], peak_mb=None, error=None
+    ) -> None:
         package = op.providers[name].package if name in op.providers else None
-        cost = {"flops": op.flops(shape), "bytes": op.bytes(shape)}
-        self.recorder.write(
-            op.name, op.mode, name, shape, samples, **cost, peak_mb=peak_mb, package=package
-        )
+        extra = {"peak_mb": peak_mb, "error": error, "package": package}
+        extra |= {"flops": op.flops(shape), "bytes": op.bytes(shape)}
+        self.recorder.write(op.name, op.mode, name, shape, samples, **extra)
 
     @functools.cached_property
     def ceilings(self) -> tuple[float, float]:
@@ -161,15 +172,18 @@ class Bench:
     def measure(self, op: Op, shape: Shape) -> None:
         """One op at one shape: the providers, and the floor."""
         chosen = self.chosen(op, shape)
-        if op.timer == "process":
+        one_by_one = {"process": self.time_first_call, "error": self.measure_error}
+        if op.timer in one_by_one:
             for name, provider in chosen.items():
                 with self.reporting(title(op, shape, name), own=provider.module is None):
-                    self.time_first_call(op, shape, name)
-        elif chosen:
-            self.time_together(op, shape, chosen)
-        if op.timer != "process" and (self.wanted is None or FLOOR in self.wanted):
-            flops, size = self.ceilings
-            self.write(op, shape, FLOOR, [max(op.flops(shape) / flops, op.bytes(shape) / size)])
+                    one_by_one[op.timer](op, shape, name)
+        else:
+            if chosen:
+                self.time_together(op, shape, chosen)
+            if self.wanted is None or FLOOR in self.wanted:
+                flops, size = self.ceilings
+                fastest = max(op.flops(shape) / flops, op.bytes(shape) / size)
+                self.write(op, shape, FLOOR, [fastest])
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -8,6 +8,7 @@ from benchmarks.results import ROOT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOY = {"B": 64, "T": 20, "H": 2, "K": 64, "V": 64, "W": 4}
+TOY |= {"L": 4, "D": 32, "E": 12, "F": 16, "R": 16, "vocab": 64}
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: f"{op.name}-{op.mode}")
 
 
@@ -27,14 +28,18 @@ def test_declaration(op):
     assert all(set(shape) == set(op.shapes[0]) for shape in op.shapes)
 
 
-@each_op
+@pytest.mark.parametrize(
+    "op",
+    [op for op in OPS if op.timer != "error" and op.name != "model"],
+    ids=lambda op: f"{op.name}-{op.mode}",
+)
 def test_bytes(op):
     """Inputs once and outputs once, to the few parameters of the gate."""
     shape = {letter: TOY[letter] for letter in op.shapes[0]}
     x = op.inputs(shape, DTYPE, DEVICE)
     outputs = op.providers["ours"].build(x)()
     moved = size(*x.values(), *outputs)
-    if op.mode == "train":  # the backward pass reads the inputs of the forward pass again
+    if "do" in x:  # the backward pass reads the inputs of the forward pass again
         moved += size(*x.values()) - size(x["do"])
     if op.mode == "decode":
         moved += size(x["conv_state"])

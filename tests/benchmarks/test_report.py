@@ -85,6 +85,42 @@ def test_table(repository):
     assert "<!-- bench:conv -->\n<!-- /bench:conv -->" in text
 
 
+def test_errors_have_a_table_of_their_own(repository):
+    def row(provider, error, mode="error"):
+        return make_row(provider, None, op="kda_gradients", mode=mode, error=error)
+
+    rows = row("ours", 0.00351), row("fla", 0.00821), row("reference", 1.2e-6)
+    root = repository(*rows, row("ours", 0.004, "error_strong"), make_row())
+    readme = root / "README.md"
+    blocks = "<!-- bench:kda_gradients -->\n<!-- /bench:kda_gradients -->\n"
+    readme.write_text(README + blocks)
+    text = written(root)
+    assert "`kda_gradients` on NVIDIA H100 80GB HBM3, bfloat16, K 128, V 128, relative RMS " in text
+    shape = "1 x 8192 x 32"
+    assert table(text)[3:] == [
+        ["mode", "B x T x H", "ours", "fla", "reference", "ours / fla"],
+        ["---", "---", *["---:"] * 4],
+        ["gates as a model starts", shape, "0.00351", "0.00821", "1.2e-06", "0.43"],
+        ["strong gates", shape, "0.00400", "-", "-", "-"],
+    ]
+
+
+def test_the_native_model_is_a_baseline_and_memory_is_told(repository):
+    root = repository(
+        make_row("ours", 50.0, op="model", mode="train_step", peak_mb=16040.0),
+        make_row("native", 100.0, op="model", mode="train_step", peak_mb=26660.0),
+    )
+    blocks = "<!-- bench:model -->\n<!-- /bench:model -->\n"
+    (root / "README.md").write_text(README + blocks)
+    text = written(root)
+    assert table(text)[0][2:] == ["ours", "transformers + fla", "ours / native"]
+    assert table(text)[2][2:] == ["50.0", "100", "0.50"]
+    assert (
+        "Peak memory of training above the inputs, GB: "
+        "1 x 8192 x 32: transformers + fla 26.7, ours 16.0. torch 2.11.0" in text
+    )
+
+
 def test_rows_are_ordered_as_declared(repository):
     """Modes and shapes; a shape that is not declared comes last."""
     shapes = [{"B": b, "T": t, "H": 32, "K": 128, "V": 128} for b, t in ((1, 77), (8, 2048))]
@@ -122,7 +158,15 @@ def test_results_that_are_gone(repository, capsys):
 
 @pytest.mark.parametrize(
     "x, text",
-    [(0.01442, "0.0144"), (0.1, "0.100"), (1.256, "1.26"), (23.34, "23.3"), (12345.6, "12,346")],
+    [
+        (0.0, "0.0e+00"),
+        (2.13e-6, "2.1e-06"),
+        (0.01442, "0.0144"),
+        (0.1, "0.100"),
+        (1.256, "1.26"),
+        (23.34, "23.3"),
+        (12345.6, "12,346"),
+    ],
 )
 def test_digits(x, text):
     assert report.digits(x) == text
@@ -134,7 +178,8 @@ def test_digits(x, text):
 def test_curves():
     rows = [make_row(T=8192, ms=0.5), make_row(T=2048, ms=0.2), make_row("fla", T=2048)]
     other_heads = make_row(shape={"B": 1, "T": 4096, "H": 8, "K": 128, "V": 128})
-    found = plots.curves(plots.PLOTS[0], [*rows, other_heads, make_row(mode="train")])
+    no_times = [make_row(ms=None, error=0.1), make_row(mode="train")]
+    found = plots.curves(plots.PLOTS[0], [*rows, other_heads, *no_times])
     assert found == {"fla": [[2048, 488.3]], "ours": [[2048, 97.66], [8192, 61.04]]}
     assert plots.curves(plots.PLOTS[0], rows[1:]) == {}
 

@@ -9,9 +9,10 @@ import torch
 
 from benchmarks import guard, results, run, timing
 from benchmarks.ops import OPS
-from benchmarks.providers import Provider
+from benchmarks.providers import Provider, gradient
 
 TOY = {"B": 1, "T": 70, "H": 2, "K": 64, "V": 64, "W": 4}
+TOY |= {"L": 4, "D": 32, "E": 12, "F": 16, "R": 16, "vocab": 64}
 OURS = ["--provider", "ours", "reference", "floor"]
 NORM = next(op for op in OPS if op.name == "gated_norm")
 RUN_TESTS = guard.run_tests
@@ -72,9 +73,11 @@ def wrong(x):
 
 
 @pytest.mark.parametrize(
-    "op", [op for op in OPS if op.timer != "process"], ids=lambda op: f"{op.name}-{op.mode}"
+    "op",
+    [op for op in OPS if op.timer in ("events", "graph")],
+    ids=lambda op: f"{op.name}-{op.mode}",
 )
-def test_every_op(op, tmp_path, green):
+def test_every_timed_op(op, tmp_path, green):
     out = tmp_path / "out.jsonl"
     args = ["--op", op.name, "--mode", op.mode, "--out", str(out), "--git", "abc", *OURS]
     assert run.main([*args, *option(toy(op))]) == 0
@@ -96,12 +99,13 @@ def test_every_op(op, tmp_path, green):
     assert green == [op.tests]
 
 
-def test_cold(tmp_path, green):
+@pytest.mark.parametrize("mode", ["cold", "cold_train"])
+def test_cold(mode, tmp_path, green):
     out = tmp_path / "out.jsonl"
-    args = ["--mode", "cold", "--provider", "ours", "--out", str(out)]
+    args = ["--mode", mode, "--provider", "ours", "--out", str(out)]
     assert run.main([*args, *option(toy(OPS[0]))]) == 0
     (row,) = results.read(out)
-    assert row["ms_p50"] > 0 and row["ms_p20"] is None
+    assert row["mode"] == mode and row["ms_p50"] > 0 and row["ms_p20"] is None
 
 
 def test_cold_that_fails(tmp_path, green, capsys):
@@ -110,6 +114,36 @@ def test_cold_that_fails(tmp_path, green, capsys):
     assert run.main(args) == 1
     assert "kda cold 1 x 8192 x -1 ours: NOT MEASURED" in capsys.readouterr().out
     assert results.read(out) == []
+
+
+@pytest.mark.parametrize("mode", ["error", "error_strong"])
+def test_error(mode, tmp_path, green):
+    """fp32 arithmetic against fp64, or on a GPU our kernels; no time, and no floor."""
+    out = tmp_path / "out.jsonl"
+    args = ["--op", "kda_gradients", "--mode", mode, "--out", str(out)]
+    assert run.main([*args, *option(toy(OPS[0]))]) == 0
+    rows = {row["provider"]: row for row in results.read(out)}
+    assert {"ours", "reference"} <= set(rows) <= {"ours", "reference", "fla"}
+    assert 0 < rows["reference"]["error"] < 1e-4
+    assert 0 < rows["ours"]["error"] < guard.AGREEMENT
+    assert all(rows["ours"][column] is None for column in ("ms_p50", "ms_p20", "tflops", "gbps"))
+
+
+def test_gradient_of_one_input():
+    op = next(op for op in OPS if op.name == "kda" and op.mode == "train")
+    x = op.inputs(toy(op), torch.bfloat16, torch.device("cpu"))
+    build = op.providers["ours"].build
+    _, *every, _ = build(x)()
+    (one,) = gradient("A_log", build)(x)()
+    assert torch.equal(one, every[-1]) and one.shape == x["A_log"].shape
+
+
+def test_an_output_that_is_not_finite_has_no_error(bench, capsys):
+    bad = Provider(lambda x: lambda: (math.nan * REFERENCE(x)()[0],))
+    providers = {"bad": bad, "reference": NORM.providers["reference"]}
+    status, rows = bench(providers=providers, timer="error")
+    assert status == 1 and set(rows) == {"reference"}
+    assert "bad: NOT MEASURED, an output is not finite" in capsys.readouterr().out
 
 
 def test_rows_are_replaced(bench):
