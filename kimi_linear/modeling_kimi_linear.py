@@ -16,6 +16,7 @@ from kimi_linear.cache import KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kda import ForgetGate, GatedRMSNorm, KimiDeltaAttention
 from kimi_linear.layout import TokenLayout, plan_tokens
+from kimi_linear.loss import fused_loss, skips_logits
 from kimi_linear.mla import KimiLatentAttention
 from kimi_linear.moe import (
     KimiLinearExperts,
@@ -261,6 +262,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Next-token logits, and the loss if `labels` are given.
@@ -281,9 +283,12 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
                 same.
             output_hidden_states, output_router_logits: also return them; router logits are one
                 `[B T, E]` per MoE layer. Default: the config's.
+            skip_logits: compute the loss alone, with Liger-Kernel, in far less memory. Default: in
+                training with `labels`, where that is possible (`loss.why_not_fused`).
 
         Returns:
-            Logits `[B, kept, vocab_size]`, zero where there is padding, and what was asked for.
+            Logits `[B, kept, vocab_size]`, zero where there is padding, None where skipped, and
+            what was asked for.
 
         Raises:
             ValueError: names the argument that does not fit, before anything is changed.
@@ -291,6 +296,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         x = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and x is not None and labels.shape != x.shape[:2]:
             raise ValueError(f"labels has shape {list(labels.shape)}, want {list(x.shape[:2])}")
+        skip = skips_logits(self, skip_logits, labels, logits_to_keep)
         loss_kwargs = {k: kwargs.pop(k) for k in LOSS_KEYS if k in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -304,11 +310,14 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
+        x, loss = outputs.last_hidden_state, None
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
+        logits = None if skip else self.lm_head(x[:, keep])
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_kwargs)
+            if skip:
+                loss = fused_loss(x, self.lm_head.weight, labels, **loss_kwargs)
+            else:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_kwargs)
             coef = self.config.router_aux_loss_coef
             loss = with_auxiliary_loss(loss, outputs.aux_loss, coef, labels, **loss_kwargs)
         return MoeCausalLMOutputWithPast(
