@@ -106,9 +106,10 @@ def causal_conv(
     N = count_sequences(cu_seqlens, xs[0])
     check_state("initial_state", initial_state, xs[0], xs[0].dtype, N, W - 1, D)
     if use_triton(xs[0]):
-        from kimi_kernels.causal_conv_triton import causal_conv_op
+        from kimi_kernels.causal_conv_triton import causal_conv_triton
 
-        *ys, state = causal_conv_op(list(xs), weight, initial_state, output_final_state, cu_seqlens)
+        options = (initial_state, output_final_state, cu_seqlens)
+        *ys, state = causal_conv_triton(weight, *options, *xs)
     else:
         *ys, state = causal_convs_ref(xs, weight, initial_state, cu_seqlens)
     return tuple(ys), state if output_final_state else None

@@ -1,5 +1,7 @@
 """Triton backward of the causal convolution; the equations are in causal_conv.py."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -152,11 +154,11 @@ PROGRAMS = 512  # per projection: four for each of the 132 multiprocessors of an
 
 
 def causal_conv_bwd(
-    xs: list[Tensor],
+    xs: Sequence[Tensor],
     weight: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    dys: list[Tensor],
+    dys: Sequence[Tensor],
     dfinal: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """Gradients of xs, weight and initial state, from those of the outputs and the final state."""

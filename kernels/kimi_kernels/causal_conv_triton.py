@@ -1,11 +1,14 @@
 """Triton forward of the causal convolution, and its operators; causal_conv.py defines it."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.causal_conv_bwd_triton import causal_conv_bwd
+from kimi_kernels.operators import dispatch
 from kimi_kernels.sequences import CHUNK, chunk_table, sequence, token_rows
 
 BD = 512  # channels per program: 4 per thread take .134 ms at 1 x 8192 x 12288, 8 take .42 (H200)
@@ -88,7 +91,7 @@ def conv_state_kernel(
 
 
 def causal_conv_fwd(
-    xs: list[Tensor],
+    xs: Sequence[Tensor],
     weight: Tensor,
     initial_state: Tensor | None,
     output_final_state: bool,
@@ -186,3 +189,36 @@ def _backward(ctx, grads):
 
 
 causal_conv_op.register_autograd(_backward, setup_context=_setup)
+
+
+class CausalConv(torch.autograd.Function):
+    """`causal_conv_op` and its gradient, without operators; the inputs come last."""
+
+    @staticmethod
+    def forward(weight, initial_state, output_final_state, cu_seqlens, *xs):
+        return eager(weight, initial_state, output_final_state, cu_seqlens, *xs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        weight, initial_state, ctx.has_final, cu_seqlens, *xs = inputs
+        ctx.save_for_backward(*xs, weight, initial_state, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *xs, weight, initial_state, cu_seqlens = ctx.saved_tensors
+        *dys, dfinal = grads
+        dfinal = dfinal if ctx.has_final else None
+        dxs, dw, dstate = causal_conv_bwd(xs, weight, initial_state, cu_seqlens, dys, dfinal)
+        return dw, dstate, None, None, *dxs
+
+
+def eager(weight, initial_state, output_final_state, cu_seqlens, *xs) -> tuple[Tensor, ...]:
+    ys, state = causal_conv_fwd(xs, weight, initial_state, output_final_state, cu_seqlens)
+    return *ys, state
+
+
+def compiled(weight, initial_state, output_final_state, cu_seqlens, *xs) -> list[Tensor]:
+    return causal_conv_op(list(xs), weight, initial_state, output_final_state, cu_seqlens)
+
+
+causal_conv_triton = dispatch(compiled, CausalConv, eager)

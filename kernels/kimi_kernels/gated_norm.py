@@ -45,7 +45,7 @@ def gated_rms_norm(x: Tensor, g: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor
     check_float("w", w, x)
     if not use_triton(x):
         return gated_rms_norm_ref(x, g, w, eps)
-    from kimi_kernels.gated_norm_triton import gated_rms_norm_op
+    from kimi_kernels.gated_norm_triton import gated_rms_norm_triton
 
     x_, g_ = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, g))
-    return gated_rms_norm_op(x_, g_, w.contiguous(), eps)[0].view(x.shape)
+    return gated_rms_norm_triton(x_, g_, w.contiguous(), eps)[0].view(x.shape)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.operators import dispatch
+
 # ---- kernels -----------------------------------------------------------------------------------
 
 BN = 16  # rows per program; flat from 8 to 32 (memory-bound), so not autotuned
@@ -78,6 +80,7 @@ def gated_rms_norm_bwd(
     x: Tensor, g: Tensor, w: Tensor, r: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dx, dg [N, V] and dw [V]."""
+    do = do.contiguous()
     N, V = x.shape
     BV = triton.next_power_of_2(V)
     NN = triton.cdiv(N, BN)
@@ -106,7 +109,7 @@ def gated_rms_norm_backward_op(
     x: Tensor, g: Tensor, w: Tensor, r: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `gated_rms_norm_bwd`."""
-    return gated_rms_norm_bwd(x, g, w, r, do.contiguous())
+    return gated_rms_norm_bwd(x, g, w, r, do)
 
 
 @gated_rms_norm_backward_op.register_fake
@@ -119,8 +122,22 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, g, w, output[1])
 
 
-def _backward(ctx, do, _dr):
-    return *gated_rms_norm_backward_op(*ctx.saved_tensors, do), None
+def _backward(ctx, do, _dr, backward=gated_rms_norm_backward_op):
+    return *backward(*ctx.saved_tensors, do), None
 
 
 gated_rms_norm_op.register_autograd(_backward, setup_context=_setup)
+
+
+class GatedRMSNorm(torch.autograd.Function):
+    """`gated_rms_norm_op` and its gradient, without operators."""
+
+    forward = staticmethod(gated_rms_norm_fwd)
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads, gated_rms_norm_bwd)
+
+
+gated_rms_norm_triton = dispatch(gated_rms_norm_op, GatedRMSNorm, gated_rms_norm_fwd)

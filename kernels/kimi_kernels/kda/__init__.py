@@ -64,7 +64,7 @@ def _run(recurrent, q, k, v, g, beta, scale, initial_state, output_final_state, 
         from kimi_kernels.kda.autograd import kda
 
         none = (None, None, scale, None)
-        o, S = kda(q, k, v, g, beta, *none, initial_state, cu_seqlens, recurrent)
+        o, S, _ = kda(q, k, v, g, beta, *none, initial_state, cu_seqlens, recurrent)
     else:
         form = recurrent_form if recurrent else chunk_form
         o, S = kda_ref(form, q, k, v, g, beta, scale, initial_state, cu_seqlens)
@@ -174,7 +174,7 @@ def fused_kda(
         from kimi_kernels.kda.autograd import kda
 
         gate = (A_log.contiguous(), dt_bias.contiguous(), q.shape[-1] ** -0.5, lower_bound)
-        o, S = kda(q, k, v, f, b, *gate, initial_state, cu_seqlens, recurrent)
+        o, S, _ = kda(q, k, v, f, b, *gate, initial_state, cu_seqlens, recurrent)
     else:
         form = recurrent_form if recurrent else chunk_form
         o, S = fused_kda_ref(

@@ -9,6 +9,7 @@ from kimi_kernels.kda.chunk_fwd import MAX_K, MIN_KV, chunk_kda_fwd, count_borde
 from kimi_kernels.kda.recurrent import recurrent_kda_fwd
 from kimi_kernels.kda.reference import anchor_tree, chunk_form, fused_kda_ref, kda_ref
 from kimi_kernels.kda.step import kda_step_fwd
+from kimi_kernels.operators import dispatch
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -27,16 +28,6 @@ def kda_fwd(q, k, v, *args, recurrent: bool, for_backward: bool = False):
         return chunk_kda_fwd(q, k, v, *args, for_backward=for_backward)
     o, S = recurrent_kda_fwd(q, k, v, *args)
     return o, S, S.new_empty(0, *S.shape[1:])
-
-
-def kda(*args) -> tuple[Tensor, Tensor]:
-    """`kda_fwd`; an operator, which costs 0.1 ms of host time or more, only for a compiler."""
-    *args, recurrent = args
-    if torch.compiler.is_compiling():
-        return kda_op(*args, recurrent)[:2]
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return KDA.apply(*args, recurrent)[:2]
-    return kda_fwd(*args, recurrent=recurrent)[:2]
 
 
 @torch.library.custom_op("kimi_kernels::kda", mutates_args=())
@@ -158,14 +149,16 @@ class KDA(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        *args, recurrent = args
-        return kda_fwd(*args, recurrent=recurrent, for_backward=True)
+        return kda_fwd(*args[:-1], recurrent=args[-1], for_backward=True)
 
     setup_context = staticmethod(_setup)
 
     @staticmethod
     def backward(ctx, *grads):
         return _backward(ctx, *grads, kda_bwd)
+
+
+kda = dispatch(kda_op, KDA, lambda *args: kda_fwd(*args[:-1], recurrent=args[-1]))
 
 
 @torch.library.custom_op("kimi_kernels::kda_step", mutates_args=("conv_state", "state"))
