@@ -4,8 +4,11 @@
     in place update        the recurrence on S in place, then the gated norm of the head
 
 Two launches, because S is the only large thing: `update` should do nothing but stream it through.
+From Hopper on it starts while `activations` runs, loads S, and waits for the rest (programmatic
+dependent launch).
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -44,9 +47,11 @@ def kda_step_activations_kernel(
     xq, xk, xv, weight, conv_state, f, b, A_log, dt_bias, out,
     T, scale, s_q, s_k, s_v, s_f, s_b,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [B, T, H, 3 K + V + 1]: q scaled, k, decay, v, beta."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     i_n, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     D: tl.constexpr = H * (2 * K + V)
     d, e = tl.arange(0, BK), tl.arange(0, BV)
@@ -81,6 +86,7 @@ def kda_step_update_kernel(
     x, S, gate, norm, o,
     T, eps, s_g,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     d, e = tl.arange(0, BK), tl.arange(0, BV)
@@ -89,6 +95,8 @@ def kda_step_update_kernel(
     m_s = m_d[:, None] & m_e[None, :]
     b_S = tl.load(p_s, mask=m_s, other=0.0)
     b_w = tl.load(norm + e, mask=m_e, other=0.0).to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # x is complete from here on
     for t in range(0, T):
         tok = i_n * T + t
         p = x + (tok * H + i_h) * (3 * K + V + 1)
@@ -127,6 +135,7 @@ def kda_step_fwd(
     o = torch.empty(B, T, H, V, dtype=gate.dtype, device=f.device)
     meta = {"H": H, "K": K, "V": V}
     meta |= {"BK": triton.next_power_of_2(K), "BV": triton.next_power_of_2(V)}
+    meta["OVERLAP"] = overlap = has_dependent_launch(f.device)
     kda_step_activations_kernel[(B * H,)](
         xq, xk, xv, weight.contiguous(), conv_state, f, b,
         A_log.contiguous(), dt_bias.contiguous(), x,
@@ -134,6 +143,12 @@ def kda_step_fwd(
     )  # fmt: skip
     # 4 warps: 44 us at batch 32 on an H200, 8 take 61, 16 take 79
     kda_step_update_kernel[(B * H,)](
-        x, state, gate, norm.contiguous(), o, T, eps, strides[5], num_warps=4, **meta
-    )
+        x, state, gate, norm.contiguous(), o, T, eps, strides[5],
+        num_warps=4, **meta, **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
     return o
+
+
+@functools.cache
+def has_dependent_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
