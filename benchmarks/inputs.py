@@ -94,6 +94,20 @@ def gated_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) ->
     return x | {"w": 1 + 0.1 * draw.normal(V)}
 
 
+def rms_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Arguments of `add_rms_norm`: x, residual [B, T, D] and w [D]."""
+    B, T, D = (shape[letter] for letter in "BTD")
+    draw = _Draw(dtype, device)
+    x = {name: draw.normal(B, T, D) for name in ("x", "residual")}
+    return x | {"w": 1 + 0.1 * draw.normal(D)}
+
+
+def rms_norm_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`rms_norm_inputs`, and the gradients of norm and sum, do [2, B, T, D]."""
+    x = rms_norm_inputs(shape, dtype, device)
+    return x | {"do": _Draw(dtype, device).normal(2, *x["x"].shape)}
+
+
 def gated_norm_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """`gated_norm_inputs`, and the gradient of the output, do [B, T, H, V]."""
     x = gated_norm_inputs(shape, dtype, device)

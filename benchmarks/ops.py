@@ -266,6 +266,28 @@ OPS = (
             "reference": Provider(reference(train(by.our_norm))),
         },
     ),
+    *(
+        Op(
+            name="rms_norm",
+            mode=mode,
+            tests="tests/kernels/test_rms_norm.py",
+            shapes=({"B": 1, "T": 8192, "D": 2304},),
+            flops=lambda s, flops=flops: flops * s["B"] * s["T"] * s["D"],
+            bytes=lambda s, passes=passes: SIZE * passes * s["B"] * s["T"] * s["D"],
+            inputs=inputs,
+            check={"T": 256},
+            providers={
+                "ours": Provider(how(by.our_add_norm)),
+                "torch": Provider(how(by.torch_add_norm)),
+                "reference": Provider(reference(how(by.our_add_norm))),
+            },
+        )
+        # both in, sum and norm out; then the sum and both gradients in, one gradient out
+        for mode, how, flops, passes, inputs in (
+            ("forward", forward, 5, 4, data.rms_norm_inputs),
+            ("train", train, 15, 8, data.rms_norm_train_inputs),
+        )
+    ),
     Op(
         name="model",
         mode="train_step",

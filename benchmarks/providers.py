@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kimi_kernels
 from benchmarks.inputs import Inputs, Shape
-from kimi_kernels import backend, causal_conv, fused_kda, gated_rms_norm
+from kimi_kernels import add_rms_norm, backend, causal_conv, fused_kda, gated_rms_norm
 
 Call = Callable[[], tuple[Tensor, ...]]
 Build = Callable[[Inputs], Call]
@@ -262,3 +262,17 @@ def fla_norm():
     """What fla's `FusedRMSNormGated` calls."""
     norm = import_module("fla.modules.fused_norm_gate").rms_norm_gated
     return lambda x, g, w: norm(x, g, w, None, activation="sigmoid", eps=1e-5)
+
+
+def our_add_norm():
+    return add_rms_norm
+
+
+def torch_add_norm():
+    """torch's own fused norm, after an addition."""
+
+    def op(x, residual, w):
+        h = x + residual
+        return F.rms_norm(h, w.shape, w, 1e-5), h
+
+    return op

@@ -52,8 +52,8 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
         self, x: Tensor, layout: TokenLayout, past_key_values: KimiLinearCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [b, t, D] -> the same shape, and the router logits [b t, E] of an MoE layer."""
-        x = x + self.self_attn(self.input_layernorm(x), layout, past_key_values)
-        y, router_logits = self.post_attention_layernorm(x), None
+        y = self.self_attn(self.input_layernorm(x), layout, past_key_values)
+        (y, x), router_logits = self.post_attention_layernorm(y, x), None
         if isinstance(self.mlp, KimiLinearMoE):
             y, router_logits = self.mlp(y)
         else:

@@ -6,8 +6,10 @@ from kimi_kernels.gated_norm import gated_rms_norm
 from kimi_kernels.kda import chunk_kda, fused_kda, kda_gate, kda_step, l2norm, recurrent_kda
 from kimi_kernels.mla import latent_attention
 from kimi_kernels.moe import expert_mlp, route
+from kimi_kernels.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
+    "add_rms_norm",
     "backend",
     "causal_conv",
     "chunk_kda",
@@ -19,5 +21,6 @@ __all__ = [
     "l2norm",
     "latent_attention",
     "recurrent_kda",
+    "rms_norm",
     "route",
 ]

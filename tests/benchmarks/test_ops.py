@@ -43,6 +43,8 @@ def test_bytes(op):
         moved += size(*x.values()) - size(x["do"])
     if op.mode == "decode":
         moved += size(x["conv_state"])
+    if (op.name, op.mode) == ("rms_norm", "train"):  # that reads the sum, and has one gradient
+        moved -= size(x["x"], x["residual"])
     assert op.bytes(shape) == pytest.approx(moved, rel=0.02)
 
 

@@ -57,7 +57,7 @@ def ran(monkeypatch):
         monkeypatch.setattr(module, attribute, noted)
 
     spy(gated_norm, "gated_rms_norm_ref", "reference")
-    spy(gated_norm_triton, "gated_rms_norm_fwd", "triton")
+    spy(gated_norm_triton, "gated_rms_norm_triton", "triton")
     return names
 
 

@@ -9,6 +9,8 @@ import kimi_kernels
 from kimi_kernels import fla_compat
 
 PUBLIC = {
+    "add_rms_norm": """(x: Tensor, residual: Tensor, w: Tensor,
+        eps: float = 1e-05) -> tuple[Tensor, Tensor]""",
     "backend": "(name: str) -> Iterator[None]",
     "causal_conv": """(xs: Sequence[Tensor], weight: Tensor, *,
         initial_state: Tensor | None = None, output_final_state: bool = False,
@@ -36,6 +38,7 @@ PUBLIC = {
         scale: float | None = None, initial_state: Tensor | None = None,
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor | None]""",
+    "rms_norm": "(x: Tensor, w: Tensor, eps: float = 1e-05) -> Tensor",
     "route": """(logits: Tensor, bias: Tensor, top_k: int, *, n_group: int = 1,
         topk_group: int = 1, renormalize: bool = True,
         scale: float = 1.0) -> tuple[Tensor, Tensor]""",
