@@ -10,15 +10,7 @@ import pytest
 import torch
 
 import kimi_kernels
-from kimi_kernels import (
-    backend,
-    chunk_kda,
-    dispatch,
-    expert_mlp,
-    gated_rms_norm,
-    latent_attention,
-    route,
-)
+from kimi_kernels import backend, chunk_kda, dispatch, gated_rms_norm, latent_attention
 from tests.kernels.kda_cases import make_inputs
 
 x, w = torch.ones(3, 8), torch.ones(8)
@@ -26,10 +18,6 @@ x, w = torch.ones(3, 8), torch.ones(8)
 WITHOUT_KERNEL = {  # an op leaves this list, and this test, when it gets its kernel
     "latent_attention": lambda: latent_attention(
         x.view(1, 3, 2, 4), x[None], torch.ones(12, 8), scale=1.0
-    ),
-    "route": lambda: route(x, w, 2),
-    "expert_mlp": lambda: expert_mlp(
-        x, torch.ones(2, 4, 8), torch.ones(2, 8, 2), torch.zeros(3, 1).long(), torch.ones(3, 1)
     ),
 }
 
@@ -155,7 +143,8 @@ def test_environment_variable_in_a_new_process():
         import sys, torch, kimi_kernels
         assert "triton" not in sys.modules
         try:
-            kimi_kernels.route(torch.zeros(1, 2), torch.zeros(2), 1)
+            q, latent, w = (torch.zeros(s) for s in ((1, 1, 1, 3), (1, 1, 2), (3, 2)))
+            kimi_kernels.latent_attention(q, latent, w, scale=1.0)
         except ValueError as error:
             print(error)
     """
@@ -163,5 +152,5 @@ def test_environment_variable_in_a_new_process():
     env["KIMI_KERNELS_BACKEND"] = "triton"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    message = "backend is triton, but route has no Triton kernel: use auto or reference"
+    message = "backend is triton, but latent_attention has no Triton kernel: use auto or reference"
     assert done.stdout.strip() == message

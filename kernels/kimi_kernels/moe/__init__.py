@@ -3,16 +3,18 @@
 
 s = sigmoid(logits)                      selection on s + bias, weights from the unbiased s
 y = sum_{e in top k} w_e down_e( SiLU(gate_e x) * up_e x )
+
+README.md has the backward pass and the plan of the kernels.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_float, check_like, check_shape
-from kimi_kernels.dispatch import reference_only
+from kimi_kernels.checks import check_float, check_like, check_shape
+from kimi_kernels.dispatch import use_triton
+from kimi_kernels.moe.reference import RENORM_EPS, expert_mlp_ref, route_ref
 
-RENORM_EPS = 1e-20
+__all__ = ["RENORM_EPS", "expert_mlp", "route"]
 
 
 def route(
@@ -40,7 +42,9 @@ def route(
 
     Returns:
         weights `[T, top_k]` in `logits.dtype`, differentiable in `logits`, and expert indexes
-        `[T, top_k]` int64. The order of the chosen experts is not defined.
+        `[T, top_k]` int64. The order of the chosen experts is not defined, nor is the choice
+        between equal biased scores; the Triton kernel returns the best first and of equal ones the
+        lowest index.
 
     Raises:
         ValueError: shapes, dtypes or counts that do not fit together.
@@ -49,7 +53,7 @@ def route(
         raise ValueError(f"logits has shape {list(logits.shape)}, want [T, E]")
     if logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logits is {logits.dtype}, want float32 or float64")
-    T, E = logits.shape
+    E = logits.shape[1]
     check_shape("bias", bias, E)
     check_float("bias", bias, logits)
     if n_group < 1 or E % n_group:
@@ -60,20 +64,12 @@ def route(
         raise ValueError(f"top_k is {top_k}, want 1..{E // n_group * topk_group}")
     if n_group > 1 and E // n_group < 2:
         raise ValueError(f"n_group is {n_group}, want at least 2 of the {E} experts per group")
-    reference_only("route")
+    args = (logits, bias, top_k, n_group, topk_group, renormalize, scale)
+    if not use_triton(logits):
+        return route_ref(*args)
+    from kimi_kernels.moe.routing_triton import route_triton
 
-    scores = logits.sigmoid()
-    choice = scores.detach() + bias.detach()
-    if n_group > 1:
-        grouped = choice.view(T, n_group, E // n_group)
-        best = grouped.topk(2, -1).values.sum(-1).topk(topk_group, -1).indices
-        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
-        choice = grouped.masked_fill(closed[..., None], -torch.inf).view(T, E)
-    index = choice.topk(top_k, -1).indices
-    weights = scores.gather(1, index)
-    if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + RENORM_EPS)
-    return weights * scale, index
+    return route_triton(*args)
 
 
 def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -110,19 +106,8 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights:
     check_float("weights", weights, x)
     for name, w in (("gate_up", gate_up), ("down", down)):
         check_like(name, w, "x", x)
-    reference_only("expert_mlp")
+    if not use_triton(x):
+        return expert_mlp_ref(x, gate_up, down, index, weights)
+    from kimi_kernels.moe.autograd import expert_mlp_triton
 
-    flat, k = index.flatten(), index.shape[1]
-    order = flat.argsort(stable=True)  # slots grouped by expert
-    rows = x[order // k]
-    counts = torch.bincount(flat, minlength=E)[:E].tolist()
-    parts, start = [], 0
-    for e, n in enumerate(counts):
-        if n:
-            gate, up = F.linear(rows[start : start + n], gate_up[e]).chunk(2, -1)
-            parts.append(F.linear(F.silu(gate) * up, down[e]))
-            start += n
-    parts.append(rows.new_zeros(T * k - start, D))  # slots of other ranks' experts
-    y = torch.cat(parts)[order.argsort()].view(T, k, D)
-    acc = accumulation_dtype(x.dtype)
-    return (y.to(acc) * weights.to(acc)[..., None]).sum(1).to(x.dtype)
+    return expert_mlp_triton(x, gate_up, down, index, weights)
