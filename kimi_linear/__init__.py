@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from kimi_linear.balance import LoadBalancingCallback, freeze_router
 from kimi_linear.cache import KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.lora import lora_config
 from kimi_linear.modeling_kimi_linear import (
     KimiLinearForCausalLM,
     KimiLinearModel,
@@ -27,6 +28,7 @@ __all__ = [
     "KimiLinearTokenizer",
     "LoadBalancingCallback",
     "freeze_router",
+    "lora_config",
 ]
 
 AutoConfig.register("kimi_linear", KimiLinearConfig, exist_ok=True)

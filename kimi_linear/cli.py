@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,18 @@ EPILOG = """examples:
   kimi-linear train configs/tiny.json --text book.txt --output my-model
   kimi-linear generate my-model --prompt "Once upon a time"
   kimi-linear chat path/to/Kimi-Linear-48B-A3B-Instruct --system "Be brief."
+  kimi-linear serve path/to/Kimi-Linear-48B-A3B-Instruct --port 8000
 """
+
+# What generates text takes these numbers only.
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: x >= 0, "at least 0"),
+    "top_p": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
+    "top_k": (lambda x: x >= 0, "at least 0"),
+    "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda x: x > 0, "more than 0"),
+    "max_new_tokens": (lambda x: x > 0, "at least 1"),
+}
 
 
 class UsageError(Exception):
@@ -70,20 +83,18 @@ def run_train(args: argparse.Namespace) -> None:
     print(f"saved to        {args.output}")
 
 
+def check_sampling(options: Any, prefix: str = "") -> None:
+    """Raise a ValueError if an attribute of `options` that is in `LIMITS` is outside of them."""
+    for name, (good, wanted) in LIMITS.items():
+        value = getattr(options, name)
+        if value is not None and not (isinstance(value, int | float) and good(value)):
+            shown = prefix + name.replace("_", "-") if prefix else name
+            raise ValueError(f"{shown}: got {value}, want {wanted}")
+
+
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The options that `add_sampling` defined, checked, for `model.generate`."""
-    limits = {
-        "temperature": (args.temperature >= 0, "at least 0"),
-        "top_p": (0 < args.top_p <= 1, "more than 0 and at most 1"),
-        "top_k": (args.top_k >= 0, "at least 0"),
-        "min_p": (0 <= args.min_p <= 1, "from 0 to 1"),
-        "repetition_penalty": (args.repetition_penalty > 0, "more than 0"),
-        "max_new_tokens": (args.max_new_tokens > 0, "at least 1"),
-    }
-    for name, (good, wanted) in limits.items():
-        if not good:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option}: got {getattr(args, name)}, want {wanted}")
+    check_sampling(args, "--")
     names = ["max_new_tokens", "repetition_penalty"]
     if args.temperature > 0:
         names += ["temperature", "top_p", "top_k", "min_p"]
@@ -99,14 +110,26 @@ def load_tokenizer(path: Path) -> Any:
         raise UsageError(f"{path} has no tokenizer that transformers can load: {error}") from None
 
 
-def load_model(path: Path) -> Any:
-    """The model, on the GPU if there is one."""
+def load_model(path: Path, tokenizer: Any, device: str | None) -> Any:
+    """The model, if the tokenizer fits it; `device` None is the GPU if there is one."""
     import torch
 
-    from kimi_linear.modeling_kimi_linear import KimiLinearForCausalLM
+    from kimi_linear.modeling_kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
+    size = KimiLinearConfig.from_pretrained(path).vocab_size
+    if len(tokenizer) > size:
+        raise UsageError(f"{path} has a tokenizer of {len(tokenizer)} tokens, want at most {size}")
+    if device == "auto":
+        if importlib.util.find_spec("accelerate") is None:
+            raise UsageError("--device auto needs accelerate: pip install accelerate")
+        return KimiLinearForCausalLM.from_pretrained(path, device_map="auto")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
     model: Any = KimiLinearForCausalLM.from_pretrained(path)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -114,7 +137,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer, set_seed
 
     tokenizer = load_tokenizer(path)
-    model = load_model(path)
+    model = load_model(path, tokenizer, args.device)
     set_seed(args.seed)
     if stop_ids := getattr(tokenizer, "stop_ids", None):
         options["eos_token_id"] = stop_ids
@@ -141,7 +164,8 @@ def run_chat(args: argparse.Namespace) -> None:
             f"{path} has a {type(tokenizer).__name__}, without the chat format; want a "
             "KimiLinearTokenizer (`kimi-linear generate` takes any)"
         )
-    chat = Chat(load_model(path), tokenizer, args.system, options)
+    model = load_model(path, tokenizer, args.device)
+    chat = Chat(model, tokenizer, args.system, options)
     set_seed(args.seed)
     interactive = sys.stdin.isatty()
     if interactive:
@@ -168,6 +192,27 @@ def run_chat(args: argparse.Namespace) -> None:
                 print("\n(stopped; this turn is forgotten)")
 
 
+def run_serve(args: argparse.Namespace) -> None:
+    path = model_path(args.model, directory=True)
+    try:
+        from kimi_linear.serve import build_app, listen, serve
+    except ImportError as error:
+        raise UsageError(f"{error}; serving needs: pip install 'kimi-linear[serve]'") from None
+    with listen(args.host, args.port) as address:  # before the weights, which take minutes
+        tokenizer = load_tokenizer(path)
+        model, name = load_model(path, tokenizer, args.device), path.resolve().name
+        app = build_app(model, tokenizer, name)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"{name} at http://{host}:{address.getsockname()[1]}/v1", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            serve(app, address)
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    help = "such as cpu or cuda:1, auto for all GPUs; without it the GPU if there is one"
+    command.add_argument("--device", help=help)
+
+
 def add_sampling(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """The options of everything that generates text."""
     for name, default, help in (
@@ -186,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     main = argparse.ArgumentParser(
         prog="kimi-linear",
-        description="Kimi Linear: look at a configuration, train on text, generate, chat.",
+        description="Kimi Linear: look at a configuration, train on text, generate, chat, serve.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -224,6 +269,7 @@ def parser() -> argparse.ArgumentParser:
     generate = command("generate", run_generate, "Continue a prompt, printing as it goes.")
     generate.add_argument("model", help="a model directory with a tokenizer")
     generate.add_argument("--prompt", required=True, help="the text to continue")
+    add_device(generate)
     add_sampling(generate, max_new_tokens=200)
 
     chat = command(
@@ -234,7 +280,19 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("model", help="a model directory with the tokenizer of the released model")
     chat.add_argument("--system", help="the system prompt")
+    add_device(chat)
     add_sampling(chat, max_new_tokens=2000)
+
+    serve = command(
+        "serve",
+        run_serve,
+        "Serve chat and text completions at /v1 as OpenAI's API has them, with transformers' "
+        "server. Requests are answered one after another.",
+    )
+    serve.add_argument("model", help="a model directory with a tokenizer; its name is the model's")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses")
+    serve.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    add_device(serve)
     return main
 
 

@@ -343,7 +343,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        """Refuse what transformers would cut out of the wrong end of the sequence."""
+        """Refuse what transformers would cut out of the wrong end of the sequence.
+
+        The tokenizer of `stop_strings`, which transformers leaves to the forward, goes no further.
+        """
+        model_kwargs.pop("tokenizer", None)
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         embeds = model_kwargs.get("inputs_embeds")
         given = (input_ids if embeds is None else embeds).shape[1]

@@ -53,6 +53,8 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
             + "|".join(map(re.escape, (SECTION_BEGIN, *STOPS))),
             "content": "text",
             "content_args": {"strip": False},
+            "repeats": True,  # also around malformed calls, which are content
+            "join": "",
         },
     },
 }

@@ -26,6 +26,13 @@ def load_for_training(source: Path):
     return KimiLinearForCausalLM(config), tokenizer
 
 
+class _Trainer(Trainer):
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Trainer's, which leaves out biases and norms by their names, without A_log."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith("A_log")]
+
+
 def train(
     source: Path,
     texts: list[Path],
@@ -56,7 +63,7 @@ def train(
     text = "\n".join(path.read_text(encoding="utf-8") for path in texts)
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     split = int(len(tokens) * (1 - held_out))
-    trainer = Trainer(
+    trainer = _Trainer(
         model,
         TrainingArguments(
             output_dir=str(output),

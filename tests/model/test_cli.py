@@ -123,7 +123,7 @@ def test_errors_are_one_clear_line(arguments, message, tmp_path, capsys):
     assert error.startswith(f"kimi-linear {arguments[0]}: ") and message in error
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["train"], ["generate"], ["chat"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["train"], ["generate"], ["chat"], ["serve"]])
 def test_help_explains(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

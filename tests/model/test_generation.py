@@ -201,7 +201,8 @@ def test_guidance(model):
     assert torch.equal(got, ids)
 
 
-def test_streaming(model):
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per character; the rest of the vocabulary is <10>, <11>, ..."""
     letters = string.ascii_letters + string.digits + " .,;:!?'()+-*/="
     vocab = {"<pad>": PAD, "<bos>": 1, "<eos>": EOS}
     to_byte = {c: pre_tokenizers.ByteLevel(False).pre_tokenize_str(c)[0][0] for c in letters}
@@ -214,6 +215,20 @@ def test_streaming(model):
         tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def test_stop_strings(model):
+    tokenizer = letter_tokenizer()
+    batch = tokenizer(["What is 6 * 7?"], return_tensors="pt")
+    ids = model.generate(**batch)[0, -N:]
+    stop = tokenizer.decode(ids[2:4])
+    got = model.generate(**batch, stop_strings=[stop], tokenizer=tokenizer)[0, 14:]
+    assert torch.equal(got, ids[:4])
+
+
+def test_streaming(model):
+    tokenizer = letter_tokenizer()
     batch = tokenizer(["What is 6 * 7?"], return_tensors="pt")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
     thread = threading.Thread(target=model.generate, kwargs={**batch, "streamer": streamer})
