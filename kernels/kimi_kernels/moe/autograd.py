@@ -35,7 +35,7 @@ def expert_mlp_op(
 def _(x, gate_up, down, index, weights, save):
     (T, D), (E, F2, _), S = x.shape, gate_up.shape, index.shape[0] * index.shape[1]
     save = save and 0 not in (S, D, E, F2)
-    tiles = max_tiles(S, E, row_tile(S, E, x.dtype).BM) if save else 0
+    tiles = max_tiles(S, E, row_tile(S, E, x.dtype, x.device).BM) if save else 0
     shapes = ((S,), (S,), (E + 1,), (3, tiles)) if save else ((0,), (0,), (0,), (3, 0))
     plan = (index.new_empty(shape, dtype=torch.int32) for shape in shapes)
     return x.new_empty(T, D), x.new_empty(S if save else 0, F2), *plan

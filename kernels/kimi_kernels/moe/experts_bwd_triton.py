@@ -64,7 +64,7 @@ def expert_mlp_bwd(
         ]
     x, gate_up, down, weights, dy = (t.contiguous() for t in (x, gate_up, down, weights, dy))
     (S, F2), (T, top_k), E = gu.shape, weights.shape, gate_up.shape[0]
-    F, tile = F2 // 2, row_tile(S, E, x.dtype)
+    F, tile = F2 // 2, row_tile(S, E, x.dtype, x.device)
     need_x, need_gate_up, need_down, need_weights = needed
     dh = rows_product("dh", dy, down, plan, tile, trans=True, gather=top_k)
     dgu, dweights = torch.empty_like(gu), torch.empty_like(weights)

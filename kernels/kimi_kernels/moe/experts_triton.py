@@ -149,7 +149,7 @@ def expert_mlp_fwd(
         return x.new_zeros(T, D), x.new_empty(0, F2), nothing
     if S <= DECODE_SLOTS and not save:
         return decode_experts(x, gate_up, down, index, weights), x.new_empty(0, F2), nothing
-    tile = row_tile(S, E, x.dtype)
+    tile = row_tile(S, E, x.dtype, x.device)
     plan = plan_slots(index, E, tile.BM)
     h, gu = hidden_rows(x, gate_up, plan, tile, top_k, save)
     y = combine(rows_product("down", h, down, plan, tile), plan, weights, T)

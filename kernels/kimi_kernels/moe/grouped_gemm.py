@@ -7,6 +7,7 @@ after that. No atomics: every output element is written by one program, and sums
 the order of the rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,10 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def shared(self, dtype: torch.dtype) -> int:
+        """Bytes of shared memory per program."""
+        return self.stages * (self.BM + self.BN) * self.BK * dtype.itemsize
+
     def options(self, dtype: torch.dtype) -> dict:
         """As keyword arguments of a launch."""
         meta = {"BM": self.BM, "BN": self.BN, "BK": self.BK}
@@ -34,12 +39,13 @@ class Tile(NamedTuple):
         return meta | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# rows per expert up to which a tile is used, and the tile
+# rows per expert up to which a tile is used, and the tile; of several the first that fits
 ROW_TILES = [
     (8, Tile(16, 64, 128, 4, 4)),
     (24, Tile(32, 128, 64, 4, 4)),
     (96, Tile(64, 128, 64, 4, 4)),
     (float("inf"), Tile(128, 256, 64, 8, 4)),
+    (float("inf"), Tile(128, 128, 64, 4, 3)),
 ]
 ROW_TILES_FP32 = [(8, Tile(16, 64, 32, 4, 3)), (float("inf"), Tile(64, 64, 32, 4, 3))]
 WEIGHT_TILE, WEIGHT_TILE_FP32 = Tile(128, 128, 64, 4, 3), Tile(64, 64, 32, 4, 3)
@@ -47,10 +53,19 @@ WEIGHT_TILE, WEIGHT_TILE_FP32 = Tile(128, 128, 64, 4, 3), Tile(64, 64, 32, 4, 3)
 BY_TORCH: frozenset[str] = frozenset()  # of gate_up, down, dh, dx, dgate_up and ddown
 
 
-def row_tile(S: int, E: int, dtype: torch.dtype) -> Tile:
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def row_tile(S: int, E: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """For S slots that are spread over E experts."""
     table = ROW_TILES_FP32 if dtype == torch.float32 else ROW_TILES
-    return next(tile for rows, tile in table if rows * E >= S)
+    fits = ((rows, t) for rows, t in table if t.shared(dtype) <= shared_memory(device))
+    return next(tile for rows, tile in fits if rows * E >= S)
 
 
 # ---- kernels -----------------------------------------------------------------------------------
