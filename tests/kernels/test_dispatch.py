@@ -143,7 +143,7 @@ def test_environment_variable_in_a_new_process():
         import sys, torch, kimi_kernels
         assert "triton" not in sys.modules
         try:
-            q, latent, w = (torch.zeros(s) for s in ((1, 1, 1, 3), (1, 1, 2), (3, 2)))
+            q, latent, w = (torch.zeros(s) for s in ((1, 1, 1, 3), (1, 1, 2), (4, 2)))
             kimi_kernels.latent_attention(q, latent, w, scale=1.0)
         except ValueError as error:
             print(error)
