@@ -131,6 +131,13 @@ def causal_conv_fwd(
     return ys, new
 
 
+def gradients(xs, weight, initial_state, cu_seqlens, dys):
+    """`causal_conv_bwd`; the last of `dys` is that of the final state, empty if not asked for."""
+    *dys, dfinal = dys
+    dfinal = dfinal if dfinal.numel() else None
+    return causal_conv_bwd(xs, weight, initial_state, cu_seqlens, dys, dfinal)
+
+
 @torch.library.custom_op("kimi_kernels::causal_conv", mutates_args=())
 def causal_conv_op(
     xs: list[Tensor],
@@ -160,14 +167,8 @@ def causal_conv_backward_op(
     cu_seqlens: Tensor | None,
     dys: list[Tensor],
 ) -> list[Tensor]:
-    """See `causal_conv_bwd`: dxs, dweight and, if there is an initial state, its gradient.
-
-    `dys` are the gradients of the outputs and, last, of the final state, empty if it was not asked
-    for.
-    """
-    *dys, dfinal = dys
-    dfinal = dfinal if dfinal.numel() else None
-    dxs, dw, dstate = causal_conv_bwd(xs, weight, initial_state, cu_seqlens, dys, dfinal)
+    """See `gradients`: dxs, dweight and, if there is an initial state, its gradient."""
+    dxs, dw, dstate = gradients(xs, weight, initial_state, cu_seqlens, dys)
     return [*dxs, dw] if dstate is None else [*dxs, dw, dstate]
 
 
@@ -191,27 +192,6 @@ def _backward(ctx, grads):
 causal_conv_op.register_autograd(_backward, setup_context=_setup)
 
 
-class CausalConv(torch.autograd.Function):
-    """`causal_conv_op` and its gradient, without operators; the inputs come last."""
-
-    @staticmethod
-    def forward(weight, initial_state, output_final_state, cu_seqlens, *xs):
-        return eager(weight, initial_state, output_final_state, cu_seqlens, *xs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        weight, initial_state, ctx.has_final, cu_seqlens, *xs = inputs
-        ctx.save_for_backward(*xs, weight, initial_state, cu_seqlens)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        *xs, weight, initial_state, cu_seqlens = ctx.saved_tensors
-        *dys, dfinal = grads
-        dfinal = dfinal if ctx.has_final else None
-        dxs, dw, dstate = causal_conv_bwd(xs, weight, initial_state, cu_seqlens, dys, dfinal)
-        return dw, dstate, None, None, *dxs
-
-
 def eager(weight, initial_state, output_final_state, cu_seqlens, *xs) -> tuple[Tensor, ...]:
     ys, state = causal_conv_fwd(xs, weight, initial_state, output_final_state, cu_seqlens)
     return *ys, state
@@ -219,6 +199,23 @@ def eager(weight, initial_state, output_final_state, cu_seqlens, *xs) -> tuple[T
 
 def compiled(weight, initial_state, output_final_state, cu_seqlens, *xs) -> list[Tensor]:
     return causal_conv_op(list(xs), weight, initial_state, output_final_state, cu_seqlens)
+
+
+class CausalConv(torch.autograd.Function):
+    """`causal_conv_op` and its gradient, without operators; the inputs come last."""
+
+    forward = staticmethod(eager)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        weight, initial_state, _, cu_seqlens, *xs = inputs
+        ctx.save_for_backward(*xs, weight, initial_state, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *xs, weight, initial_state, cu_seqlens = ctx.saved_tensors
+        dxs, dw, dstate = gradients(xs, weight, initial_state, cu_seqlens, grads)
+        return dw, dstate, None, None, *dxs
 
 
 causal_conv_triton = dispatch(compiled, CausalConv, eager)

@@ -1,6 +1,7 @@
 """Which implementation runs, the Triton kernel or the PyTorch reference. Decided only here."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -39,6 +40,14 @@ def use_triton(x: Tensor) -> bool:
             "or TRITON_INTERPRET=1 set before the first import"
         )
     return True
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability, (9, 0) on Hopper; (0, 0) where there is no CUDA."""
+    if device.type != "cuda" or torch.version.cuda is None:  # ROCm has numbers of its own
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 def reference_only(op: str) -> None:

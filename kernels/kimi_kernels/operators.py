@@ -16,8 +16,10 @@ def dispatch(op: Callable, function: type[torch.autograd.Function], forward: Cal
     def call(*args: Any):
         if torch.compiler.is_compiling():
             return op(*args)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return function.apply(*args)
-        return forward(*args)
+        return function.apply(*args) if wants_gradient(*args) else forward(*args)
 
     return call
+
+
+def wants_gradient(*args: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)

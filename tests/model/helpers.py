@@ -1,6 +1,10 @@
 """Small models whose every weight matters, and their twins of transformers' own class."""
 
+import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -82,6 +86,20 @@ def native_twin(model: KimiLinearForCausalLM, **kwargs) -> NativeForCausalLM:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return NativeForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+def run_two_processes(script: Path, *args: str) -> None:
+    """Run a script under torch's launcher; fails with what it wrote last."""
+    root = Path(__file__).parents[2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*launch, str(script), *args],
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-6000:]
 
 
 def random_ids(config: KimiLinearConfig, *shape: int, seed: int = 1) -> Tensor:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +35,7 @@ from kimi_linear.balance import (
 from kimi_linear.moe import sequence_balance_loss, with_auxiliary_loss
 from kimi_linear.text import byte_tokenizer
 from tests.helpers import FLOOR, rel_err
-from tests.model.helpers import build, random_ids, small_config
+from tests.model.helpers import build, random_ids, run_two_processes, small_config
 
 ROOT = Path(__file__).parents[2]
 LIMIT = FLOOR[torch.float32]
@@ -426,24 +424,14 @@ def rank_main(folder: str) -> None:
     state = {"model": model.state_dict(), "logs": logged(trainer)}
     torch.save(state | {"loads": callback.tokens_per_expert}, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
-    os._exit(
-        0
-    )  # torch may deadlock when the last reference to a gloo group dies with DDP's reducer
+    os._exit(0)  # see "DDP on gloo may hang at exit" in CONTRIBUTING.md
 
 
 def test_two_processes_count_as_one(tmp_path):
     """Two ranks with half of each batch, and one process with all of it."""
     code = f"from tests.model.test_balance import rank_main; rank_main({str(tmp_path)!r})"
     (tmp_path / "rank.py").write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*launch, str(tmp_path / "rank.py")],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
+    run_two_processes(tmp_path / "rank.py")
     model = build(small_config(vocab_size=260, router_aux_loss_coef=0.1))
     callback = LoadBalancingCallback(0.1)
     want = logged(train(model, tmp_path, callback))

@@ -1,9 +1,6 @@
 """Fine-tuning: Trainer, PEFT, and one model on two processes."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from kimi_linear import KimiLinearForCausalLM
 from tests.helpers import FLOOR, rel_err
-from tests.model.helpers import build, native_twin, random_ids, small_config
+from tests.model.helpers import build, native_twin, random_ids, run_two_processes, small_config
 
 ROOT = Path(__file__).parents[2]
 LIMIT = FLOOR[torch.float32]
@@ -266,13 +263,4 @@ dist.destroy_process_group()
 def test_two_processes_share_the_model(tmp_path):
     """Tensor and expert parallelism by transformers' own plans, with two CPU processes."""
     (tmp_path / "parallel.py").write_text(PARALLEL)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = f"{ROOT}:{ROOT / 'kernels'}"
-    run = subprocess.run(
-        [*launch, str(tmp_path / "parallel.py"), str(tmp_path / "model")],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
+    run_two_processes(tmp_path / "parallel.py", str(tmp_path / "model"))

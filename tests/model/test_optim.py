@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from kimi_linear import KimiLinearForCausalLM, freeze_router, lora_config
 from kimi_linear.optim import BATCH, MuonAdamW, StackedMuon, muon, muon_groups, orthogonalize
 from kimi_linear.train import _Trainer
 from tests.helpers import assert_as_good_as
-from tests.model.helpers import build, random_ids, small_config
+from tests.model.helpers import build, random_ids, run_two_processes, small_config
 from tests.model.tokenizer_helpers import write_released
 
 ROOT = Path(__file__).parents[2]
@@ -259,7 +257,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from kimi_linear.optim import MuonAdamW, StackedMuon, muon_groups
 from tests.helpers import FLOOR, rel_err
-from tests.model.helpers import build, random_ids, small_config
+from tests.model.helpers import build, random_ids, run_two_processes, small_config
 
 dist.init_process_group("gloo")
 whole = build(small_config(vocab_size=98))
@@ -295,15 +293,7 @@ os._exit(0)  # see "DDP on gloo may hang at exit" in CONTRIBUTING.md
 def test_two_processes_with_sharded_parameters(tmp_path):
     """FSDP 2: a rank has whole experts, and updates them without communication."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*launch, str(tmp_path / "sharded.py")],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
+    run_two_processes(tmp_path / "sharded.py")
 
 
 # The example

@@ -72,8 +72,6 @@ class Chunks:
         self.H, self.V, self.gate = H, V, gate_mode(A_log, lower_bound)
         self.segment = segment_chunks(self.total, segment, HV)
         self.gluon = not exact and intra_gluon.takes(q.device, q.dtype, K, self.raw)
-        # only where they are read: a CUDA graph builds them anew at every replay
-        self.masks = anchor_masks(q.device, self.DT) if backward or not self.gluon else None
         self.qg, self.kg, self.w = (self.scratch(CHUNK, BK) for _ in range(3))
         self.M, self.A_qk = (self.scratch(CHUNK, CHUNK) for _ in range(2))
         self.decay, self.beta = (self.scratch(n, dtype=torch.float32) for n in (BK, CHUNK))
@@ -82,6 +80,11 @@ class Chunks:
             self.norms = self.scratch(2, CHUNK, dtype=torch.float32)
         elif backward:
             self.A_kk = self.scratch(CHUNK, CHUNK, dtype=torch.float32)
+
+    @functools.cached_property
+    def masks(self) -> Tensor:
+        """Only where they are read: a CUDA graph builds them anew at every replay."""
+        return anchor_masks(self.device, self.DT)
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """[chunks of a segment, HV, *shape]."""

@@ -19,13 +19,12 @@ k Q, F, k exp(G) and M go through shared memory. A thread loads 8 neighbouring c
 the fragments take for channels 2 l, 2 l + 1, 2 l + 8, ..: an order that no sum over d sees.
 """
 
-import functools
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from kimi_kernels.dispatch import capability
 from kimi_kernels.kda.chunk_kernels import level_pairs, locate_chunk
 from kimi_kernels.triton_math import RCP_LN2, ex2
 
@@ -356,11 +355,7 @@ def kda_intra_gluon(
         gl.store(w + p + c * 32, rows(x).to(ST))
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def takes(device: torch.device, dtype: torch.dtype, K: int, raw: bool) -> bool:
     """Whether the kernel serves such inputs; `raw` as in chunk_fwd.py: q, k, g and beta are."""
-    return raw and K == 128 and dtype in (torch.bfloat16, torch.float16) and is_hopper(device)
+    half = dtype in (torch.bfloat16, torch.float16)
+    return raw and K == 128 and half and capability(device) == (9, 0)

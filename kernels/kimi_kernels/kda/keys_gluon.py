@@ -30,8 +30,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from kimi_kernels.dispatch import capability
 from kimi_kernels.kda.chunk_kernels import locate_chunk
-from kimi_kernels.kda.intra_gluon import UNIT, clamp_decay, is_hopper, softplus2
+from kimi_kernels.kda.intra_gluon import UNIT, clamp_decay, softplus2
 from kimi_kernels.triton_math import RCP_LN2, ex2, sigmoid
 
 BLOCKS = 4  # per chunk, of 16 tokens: sums over the tokens of each are returned
@@ -335,4 +336,4 @@ def kda_keys_gluon(
 
 def takes(device: torch.device, dtype: torch.dtype, K: int, raw: bool) -> bool:
     """Whether the kernel serves such inputs; `raw` as in chunk_fwd.py: q, k, g and beta are."""
-    return raw and K == 128 and dtype == torch.bfloat16 and is_hopper(device)
+    return raw and K == 128 and dtype == torch.bfloat16 and capability(device) == (9, 0)

@@ -8,7 +8,6 @@ From Hopper on it starts while `activations` runs, loads S, and waits for the re
 dependent launch).
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.dispatch import capability
 from kimi_kernels.kda.recurrent import decay_factor, delta_rule, l2_normalised
 from kimi_kernels.sequences import token_rows
 
@@ -135,7 +135,7 @@ def kda_step_fwd(
     o = torch.empty(B, T, H, V, dtype=gate.dtype, device=f.device)
     meta = {"H": H, "K": K, "V": V}
     meta |= {"BK": triton.next_power_of_2(K), "BV": triton.next_power_of_2(V)}
-    meta["OVERLAP"] = overlap = has_dependent_launch(f.device)
+    meta["OVERLAP"] = overlap = capability(f.device) >= (9, 0)
     kda_step_activations_kernel[(B * H,)](
         xq, xk, xv, weight.contiguous(), conv_state, f, b,
         A_log.contiguous(), dt_bias.contiguous(), x,
@@ -147,8 +147,3 @@ def kda_step_fwd(
         num_warps=4, **meta, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return o
-
-
-@functools.cache
-def has_dependent_launch(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

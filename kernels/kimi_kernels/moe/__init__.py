@@ -64,7 +64,7 @@ def route(
         raise ValueError(f"top_k is {top_k}, want 1..{E // n_group * topk_group}")
     if n_group > 1 and E // n_group < 2:
         raise ValueError(f"n_group is {n_group}, want at least 2 of the {E} experts per group")
-    args = (logits, bias, top_k, n_group, topk_group, renormalize, scale)
+    args = (logits, bias.detach(), top_k, n_group, topk_group, renormalize, scale)
     if not use_triton(logits):
         return route_ref(*args)
     from kimi_kernels.moe.routing_triton import route_triton

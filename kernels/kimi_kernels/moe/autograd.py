@@ -7,6 +7,7 @@ from kimi_kernels.moe.experts_bwd_triton import expert_mlp_bwd
 from kimi_kernels.moe.experts_triton import expert_mlp_fwd
 from kimi_kernels.moe.grouped_gemm import row_tile
 from kimi_kernels.moe.plan_triton import Plan, max_tiles
+from kimi_kernels.operators import wants_gradient
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -16,7 +17,7 @@ def expert_mlp_triton(
 ) -> Tensor:
     """`expert_mlp_fwd`, differentiable; an operator only for a compiler, as it costs host time."""
     args = (x, gate_up, down, index, weights)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in args)
+    save = wants_gradient(*args)
     if torch.compiler.is_compiling():
         return expert_mlp_op(*args, save)[0]
     return Experts.apply(*args, save)[0] if save else expert_mlp_fwd(*args)[0]

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.dispatch import capability
 from kimi_kernels.moe.plan_triton import Plan
 
 
@@ -239,9 +240,8 @@ def by_torch(name: str, a: Tensor, b: Tensor, E: int) -> bool:
 def torch_takes(a: Tensor, b: Tensor, E: int) -> bool:
     """bf16 on Hopper, rows of 16 bytes; elsewhere it may wait for the host, or not zero a sum."""
     return (
-        a.is_cuda
-        and E < 1024
-        and torch.cuda.get_device_capability(a.device) == (9, 0)
+        E < 1024
+        and capability(a.device) == (9, 0)
         and a.dtype == torch.bfloat16
         and all(n % 8 == 0 for n in (*a.shape[1:], *b.shape[1:]))
         and a.data_ptr() % 16 == b.data_ptr() % 16 == 0

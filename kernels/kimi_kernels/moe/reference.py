@@ -18,10 +18,10 @@ def route_ref(
     renormalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weights and expert indexes [T, top_k]; arguments as `route`."""
+    """Weights and expert indexes [T, top_k]; arguments as `route`, `bias` without a gradient."""
     T, E = logits.shape
     scores = logits.sigmoid()
-    choice = scores.detach() + bias.detach()
+    choice = scores.detach() + bias
     if n_group > 1:
         grouped = choice.view(T, n_group, E // n_group)
         best = grouped.topk(2, -1).values.sum(-1).topk(topk_group, -1).indices

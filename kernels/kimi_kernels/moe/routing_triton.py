@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.moe.reference import RENORM_EPS
+from kimi_kernels.operators import dispatch
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -157,15 +158,6 @@ def warps(experts: int) -> int:
 # ---- autograd ----------------------------------------------------------------------------------
 
 
-def route_triton(logits: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """`route_fwd`, differentiable; an operator only for a compiler, as it costs host time."""
-    if torch.compiler.is_compiling():
-        return route_op(logits, *args)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return Route.apply(logits, *args)
-    return route_fwd(logits, *args)
-
-
 @torch.library.custom_op("kimi_kernels::route", mutates_args=())
 def route_op(
     logits: Tensor,
@@ -216,12 +208,12 @@ route_op.register_autograd(_backward, setup_context=_setup)
 class Route(torch.autograd.Function):
     """`route_op` and its gradient, without operators."""
 
-    @staticmethod
-    def forward(*args):
-        return route_fwd(*args)
-
+    forward = staticmethod(route_fwd)
     setup_context = staticmethod(_setup)
 
     @staticmethod
     def backward(ctx, *grads):
         return _backward(ctx, *grads, route_bwd)
+
+
+route_triton = dispatch(route_op, Route, route_fwd)
