@@ -9,12 +9,14 @@ from torch import Tensor
 Shape = dict[str, int]
 Inputs = dict[str, Tensor]
 
+TOP_K = 8  # experts per token
+
 
 class _Draw:
     """Seeded random tensors of one dtype on one device."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.generator = torch.Generator(device).manual_seed(0)
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0):
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.dtype, self.device = dtype, device
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -112,3 +114,35 @@ def gated_norm_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.devi
     """`gated_norm_inputs`, and the gradient of the output, do [B, T, H, V]."""
     x = gated_norm_inputs(shape, dtype, device)
     return x | {"do": _Draw(dtype, device).normal(*x["x"].shape)}
+
+
+def _routed(draw: _Draw, T: int, D: int, E: int) -> Inputs:
+    """x [T, D]; index [T, 8], different ones of E experts, all as likely; weights [T, 8], fp32."""
+    scores = draw.normal(T, TOP_K, dtype=torch.float32).sigmoid()
+    return {
+        "x": draw.normal(T, D),
+        "index": draw.uniform(T, E, low=0, high=1).topk(TOP_K).indices,
+        "weights": 2.446 * scores / scores.sum(-1, keepdim=True),
+    }
+
+
+def moe_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Arguments of `expert_mlp` for B T tokens."""
+    B, T, D, E, F = (shape[letter] for letter in "BTDEF")
+    draw = _Draw(dtype, device)
+    return _routed(draw, B * T, D, E) | {
+        "gate_up": 0.02 * draw.normal(E, 2 * F, D),
+        "down": 0.02 * draw.normal(E, D, F),
+    }
+
+
+def other_tokens(x: Inputs, i: int) -> Inputs:
+    """`moe_inputs` with tokens that went to other experts; for i = 0 the same tokens."""
+    (T, D), E = x["x"].shape, x["gate_up"].shape[0]
+    return x | _routed(_Draw(x["x"].dtype, x["x"].device, seed=i), T, D, E)
+
+
+def moe_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`moe_inputs`, and the gradient of the output, do [B T, D]."""
+    x = moe_inputs(shape, dtype, device)
+    return x | {"do": _Draw(dtype, device, seed=1).normal(*x["x"].shape)}

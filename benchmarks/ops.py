@@ -6,7 +6,7 @@ larger of the two times is the op's `floor`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from benchmarks import inputs as data
 from benchmarks import model_step
 from benchmarks import providers as by
-from benchmarks.inputs import Inputs, Shape
+from benchmarks.inputs import TOP_K, Inputs, Shape
 from benchmarks.providers import Build, Provider, forward, gradient, reference, train
 
 DTYPE = torch.bfloat16
@@ -34,6 +34,8 @@ class Op:
         timer: `events`: single calls; `graph`: calls in a CUDA graph, on different memory;
             `process`: the first call of a fresh process; `error`: no time, but how far the outputs
             are from those of the provider `reference` in fp64, as RMS(x - gold) / RMS(gold).
+        rotate: the inputs of the i-th call in a CUDA graph from those of the first, i = 0: differs
+            where their values choose the memory that is read.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Op:
     providers: dict[str, Provider]
     check: Shape | None = None
     timer: Literal["events", "graph", "process", "error"] = "events"
+    rotate: Callable[[Inputs, int], Inputs] = lambda x, i: x
 
 
 # released widths, 3 KDA layers + MLA, one of them with a dense feed-forward; letters: model_step.py
@@ -58,6 +61,10 @@ def _kda_shape(B: int, T: int, H: int = 32) -> Shape:
 
 def _step_shape(B: int) -> Shape:
     return {"B": B, "H": 32, "K": 128, "V": 128, "W": 4}
+
+
+def _moe_shape(B: int, T: int) -> Shape:
+    return {"B": B, "T": T, "D": 2304, "E": 256, "F": 1024}
 
 
 def _tokens(s: Shape) -> int:
@@ -114,6 +121,24 @@ def _norm_train_bytes(s: Shape) -> float:
     return _norm_bytes(s) + SIZE * s["V"] * (5 * _tokens(s) + 2)
 
 
+def _moe_flops(s: Shape) -> float:
+    """Forward: gate, up and down."""
+    return 6 * s["B"] * s["T"] * TOP_K * s["D"] * s["F"]
+
+
+def _moe_bytes(s: Shape) -> float:
+    """E (1 - (1 - k / E)^n) experts, the mean that n tokens hit, x, index and weights in; y out."""
+    B, T, D, E, F = (s[letter] for letter in "BTDEF")
+    hit = E * (1 - (1 - TOP_K / E) ** (B * T))
+    return SIZE * (hit * 3 * D * F + 2 * B * T * D) + B * T * TOP_K * (8 + 4)
+
+
+def _moe_train_bytes(s: Shape) -> float:
+    """The forward pass; then the same and do in, gradients of x, weights and E experts out."""
+    B, T, D, E, F = (s[letter] for letter in "BTDEF")
+    return 2 * _moe_bytes(s) + SIZE * (E * 3 * D * F + B * T * D) + B * T * TOP_K * 4
+
+
 def _model_flops(s: Shape) -> float:
     """6 per active parameter and token; thrice the forward of KDA's chunks and of causal MLA."""
     B, T, L, H, K = (s[letter] for letter in "BTLHK")
@@ -133,6 +158,11 @@ def _small(limit: int) -> Callable[[Shape], bool]:
     return lambda s: _tokens(s) <= limit
 
 
+def _few(limit: int) -> Callable[[Shape], bool]:
+    """Up to `limit` tokens."""
+    return lambda s: s["B"] * s["T"] <= limit
+
+
 def _fla(build: Build, expected: Build | None = None) -> Provider:
     return Provider(build, module="fla", package="fla-core", expected=expected)
 
@@ -141,9 +171,14 @@ def _flash_kda(build: Build, expected: Build | None = None) -> Provider:
     return Provider(build, module="flash_kda", package="flash_kda", expected=expected)
 
 
+def _transformers(build: Build) -> Provider:
+    return Provider(build, module="transformers", package="transformers")
+
+
 BOUNDED = reference(forward(by.our_bounded_kda))
 KDA_TESTS = "tests/kernels/test_kda*.py"
 CONV_TESTS = "tests/kernels/test_causal_conv*.py"
+MOE_TESTS = "tests/kernels/test_moe*.py"
 
 OPS = (
     Op(
@@ -287,6 +322,50 @@ OPS = (
             ("forward", forward, 5, 4, data.rms_norm_inputs),
             ("train", train, 15, 8, data.rms_norm_train_inputs),
         )
+    ),
+    *(
+        Op(
+            name="moe",
+            mode=mode,
+            tests=MOE_TESTS,
+            shapes=tuple(_moe_shape(1, T) for T in (512, 2048, 8192)),
+            flops=lambda s, passes=passes: passes * _moe_flops(s),
+            bytes=moved,
+            inputs=inputs,
+            check={"T": 256, "E": 32},
+            providers={
+                "ours": Provider(how(by.our_experts)),
+                "grouped_mm": _transformers(how(by.grouped_mm)),
+                "scattermoe": Provider(
+                    how(by.scattermoe), module="scattermoe", package="scattermoe"
+                ),
+                # its backward pass writes the gradients of all experts once per expert
+                "reference": Provider(reference(how(by.our_experts)), fits=_few(256)),
+            },
+        )
+        for mode, how, passes, moved, inputs in (
+            ("forward", forward, 1, _moe_bytes, data.moe_inputs),
+            ("train", train, 3, _moe_train_bytes, data.moe_train_inputs),
+        )
+    ),
+    Op(
+        name="moe",
+        mode="decode",
+        tests=MOE_TESTS,
+        shapes=tuple(_moe_shape(B, 1) for B in (1, 8, 32)),
+        flops=_moe_flops,
+        bytes=_moe_bytes,
+        inputs=data.moe_inputs,
+        check={"E": 32},
+        providers={
+            "ours": Provider(forward(by.our_experts)),
+            "grouped_mm": _transformers(forward(by.grouped_mm)),
+            "batched_mm": replace(_transformers(forward(by.batched_mm)), fits=_few(32)),
+            # for the check alone: the host waits for it, so it cannot be in a CUDA graph
+            "reference": Provider(reference(forward(by.our_experts)), fits=_few(0)),
+        },
+        timer="graph",
+        rotate=data.other_tokens,
     ),
     Op(
         name="model",

@@ -2,7 +2,8 @@
 
 A builder takes the inputs of an op and returns a call without arguments, which returns a tuple of
 tensors: of a forward pass the outputs, of a training step the outputs and the gradient of every
-input, of a decode step the output and the new state. A library is imported by its builder.
+float input, of a decode step the output and the new state, if any. A library is imported by its
+builder.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import kimi_kernels
 from benchmarks.inputs import Inputs, Shape
-from kimi_kernels import add_rms_norm, backend, causal_conv, fused_kda, gated_rms_norm
+from kimi_kernels import add_rms_norm, backend, causal_conv, expert_mlp, fused_kda, gated_rms_norm
 
 Call = Callable[[], tuple[Tensor, ...]]
 Build = Callable[[Inputs], Call]
@@ -63,18 +64,23 @@ def forward(load: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]) -> B
     return build
 
 
+def _trained(x: Inputs) -> list[str]:
+    return [name for name, t in x.items() if name != "do" and t.is_floating_point()]
+
+
 def train(load: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]) -> Build:
-    """Forward and backward, from the gradient `do` among the inputs to that of every other one.
+    """Forward and backward, from the gradient `do` to that of every other float input.
 
     Of several outputs `do` has the gradients side by side.
     """
 
     def build(x: Inputs) -> Call:
         op = load()
-        leaves = {name: t.detach().requires_grad_() for name, t in x.items() if name != "do"}
+        leaves = {name: x[name].detach().requires_grad_() for name in _trained(x)}
+        args = {name: t for name, t in x.items() if name != "do"} | leaves
 
         def call():
-            o = op(**leaves)
+            o = op(**args)
             outputs, do = ((o,), (x["do"],)) if isinstance(o, Tensor) else (o, x["do"].unbind())
             gradients = torch.autograd.grad(outputs, tuple(leaves.values()), do)
             return *(y.detach() for y in outputs), *gradients
@@ -88,7 +94,7 @@ def gradient(name: str, build: Build) -> Build:
     """Of a training step with one output: only the gradient of one input."""
 
     def only_one(x: Inputs) -> Call:
-        call, i = build(x), [key for key in x if key != "do"].index(name)
+        call, i = build(x), _trained(x).index(name)
         return lambda: (call()[1 + i],)
 
     return only_one
@@ -274,5 +280,55 @@ def torch_add_norm():
     def op(x, residual, w):
         h = x + residual
         return F.rms_norm(h, w.shape, w, 1e-5), h
+
+    return op
+
+
+# ---- moe ---------------------------------------------------------------------------------------
+
+
+def our_experts():
+    return expert_mlp
+
+
+def _transformers_experts(implementation: str):
+    """The experts of transformers' own model, with an `experts_implementation`, on our weights."""
+    package = import_module("transformers.models.kimi_linear")
+    modeling = import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+    with torch.device("meta"):
+        experts = modeling.KimiLinearExperts(
+            package.KimiLinearConfig(experts_implementation=implementation)
+        )
+    del experts.gate_up_proj, experts.down_proj  # parameters: tensors come in their place
+
+    def op(x, gate_up, down, index, weights):
+        experts.gate_up_proj, experts.down_proj = gate_up, down
+        experts.num_experts = gate_up.shape[0]
+        return experts(x, index, weights)
+
+    return op
+
+
+def grouped_mm():
+    return _transformers_experts("grouped_mm")
+
+
+def batched_mm():
+    """It copies the weights of every token's experts."""
+    return _transformers_experts("batched_mm")
+
+
+def scattermoe():
+    """As its `GLUMLP` (0.3.0), with gate rows first."""
+    library = import_module("scattermoe")
+
+    def op(x, gate_up, down, index, weights):
+        E, k = gate_up.shape[0], index.shape[1]
+        plan = library.flatten_sort_count(index, num_experts=E)
+        gu = library.parallel_linear(x, gate_up.mT, k, *plan, grouped_out=True)
+        gate, up = gu.chunk(2, -1)
+        h = F.silu(gate) * up
+        weights = weights.to(x.dtype)  # it multiplies them with y
+        return library.parallel_linear(h, down.mT, 1, *plan, gates=weights, grouped_in=True)
 
     return op

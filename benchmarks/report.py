@@ -27,7 +27,9 @@ MODES |= {"error": "gates as a model starts", "error_strong": "strong gates"}
 UNITS = {"kda_gradients": "relative RMS error of dA_log"}
 PROVIDERS = {"fla_bounded": "fla, bounded gate", "flash_kda": "FlashKDA, bounded gate"}
 PROVIDERS |= {"fla_recurrence": "fla, recurrence alone", "native": "transformers + fla"}
-BASELINES = ("fla", "native", "torch")  # ours is compared with the first of them that is there
+PROVIDERS |= {name: f"transformers, {name}" for name in ("grouped_mm", "batched_mm")}
+# ours is compared with the first of them that is there
+BASELINES = ("fla", "native", "grouped_mm", "torch")
 MISSING = "-"
 T = TypeVar("T", str, tuple)
 

@@ -112,7 +112,7 @@ class Bench:
         self.check(op, shape, name)
         build = op.providers[name].build
         copies = timing.graph_copies(op.bytes(shape), self.device) if op.timer == "graph" else 1
-        calls = [build(x) for _ in range(copies)]
+        calls = [build(op.rotate(x, i)) for i in range(copies)]
         timing.warm_up(calls[0], self.device)
         peak_mb = timing.peak_mb(calls[0], self.device)
         if op.timer == "graph":

@@ -41,7 +41,7 @@ def test_bytes(op):
     moved = size(*x.values(), *outputs)
     if "do" in x:  # the backward pass reads the inputs of the forward pass again
         moved += size(*x.values()) - size(x["do"])
-    if op.mode == "decode":
+    if op.name == "kda_step":
         moved += size(x["conv_state"])
     if (op.name, op.mode) == ("rms_norm", "train"):  # that reads the sum, and has one gradient
         moved -= size(x["x"], x["residual"])

@@ -121,6 +121,27 @@ def test_the_native_model_is_a_baseline_and_memory_is_told(repository):
     )
 
 
+def test_the_experts_of_transformers_are_a_baseline(repository):
+    widths = {"D": 2304, "E": 256, "F": 1024}
+    shapes = [{"B": 1, "T": 8192} | widths, {"B": 8, "T": 1} | widths]
+    root = repository(
+        make_row("ours", 1.9, op="moe", shape=shapes[0]),
+        make_row("grouped_mm", 3.8, op="moe", shape=shapes[0]),
+        make_row("ours", 0.2, op="moe", mode="decode", shape=shapes[1]),
+        make_row("batched_mm", 0.8, op="moe", mode="decode", shape=shapes[1]),
+    )
+    (root / "README.md").write_text(README + "<!-- bench:moe -->\n<!-- /bench:moe -->\n")
+    text = written(root)
+    names = ["ours", "transformers, grouped_mm", "transformers, batched_mm", "ours / grouped_mm"]
+    assert table(text) == [
+        ["mode", "B x T", *names],
+        ["---", "---", *["---:"] * 4],
+        ["forward", "1 x 8192", "1.90", "3.80", "-", "0.50"],
+        ["decode step", "8 x 1", "0.200", "-", "0.800", "-"],
+    ]
+    assert "D 2304, E 256, F 1024, ms:" in text
+
+
 def test_rows_are_ordered_as_declared(repository):
     """Modes and shapes; a shape that is not declared comes last."""
     shapes = [{"B": b, "T": t, "H": 32, "K": 128, "V": 128} for b, t in ((1, 77), (8, 2048))]
