@@ -87,7 +87,8 @@ def count_tokens(model: nn.Module, enabled: bool = True) -> None:
 def take_counts(model: nn.Module) -> Tensor:
     """Tokens per expert since `count_tokens` or the last call, `[layers, E]` int64; restarts at 0.
 
-    Summed over the ranks if torch.distributed runs, so each of them must call it.
+    Summed over the ranks if torch.distributed runs, so each of them must call it. A batch that
+    several ranks run together (`kimi_linear.parallel`) counts once.
 
     Raises:
         ValueError: the model has no experts, or does not count.
@@ -101,6 +102,7 @@ def take_counts(model: nn.Module) -> Tensor:
         c.zero_()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
+        total //= max(getattr(m, "_tp_size", None) or 1 for m in model.modules())
     return total
 
 

@@ -1,7 +1,7 @@
 """`KimiLinearForCausalLM`: the wiring. Mixers are in kda.py and mla.py, feed-forwards in moe.py."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,14 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     @_weight_conversions.setter
     def _weight_conversions(self, value) -> None:
         self.__dict__["_loaded_conversions"] = value
+
+    def _resolve_parallel_plans(self, distributed_config: Any):
+        """Lets `tp_plan={}` split the experts alone: transformers 5.23 says so, but refuses it."""
+        parent: Any = super()
+        if distributed_config.ep_size > 1 and distributed_config.tp_plan == {}:
+            self._tp_plan = self._ep_plan  # not empty, and dropped for what the expert plan names
+            distributed_config = replace(distributed_config, tp_plan=None)
+        return parent._resolve_parallel_plans(distributed_config)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
