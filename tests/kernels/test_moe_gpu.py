@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from kimi_kernels import route
-from kimi_kernels.moe import grouped_gemm
-from kimi_kernels.moe.grouped_gemm import ROW_TILES
+from kimi_kernels.moe import grouped_gemm, weights_gluon
+from kimi_kernels.moe.grouped_gemm import ROW_TILES, weights_product
+from kimi_kernels.moe.plan_triton import plan_slots
 from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
 from tests.kernels.test_moe import NAMES
-from tests.kernels.test_moe_triton import PRODUCTS, check, draw, make, run
+from tests.kernels.test_moe_triton import by_counts, check, draw, make, run
 
 pytestmark = pytest.mark.gpu
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
@@ -49,14 +50,31 @@ def test_every_tile_of_16_bits(tile, sizes, monkeypatch):
     """In fp16 and bf16, and the tiles of neither weights nor rows read what is not theirs."""
     monkeypatch.setattr(grouped_gemm, "ROW_TILES", [(float("inf"), tile)])
     for dtype in (torch.float16, torch.bfloat16):
-        check(make(300, 5, *sizes, 2, dtype, torch.rand(300, 5).sort(1, stable=True)[1][:, :2] % 4))
+        check(make(300, 5, *sizes, 2, dtype, draw(300, 4, 2)))  # the fifth gets no token
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_by_torch(name, monkeypatch):
-    monkeypatch.setattr(grouped_gemm, "BY_TORCH", frozenset([name]))
-    for last in (64, 9):  # the others without tokens
-        check(make(500, 64, 256, 128, k, torch.bfloat16, draw(500, last, k)))
+@pytest.mark.parametrize("form", ["gluon", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M, N", [(128, 256), (2304, 1024), (2048, 2304)])
+def test_sums_over_rows(M, N, dtype, form, monkeypatch):
+    """Both forms, of experts with no row, one, some steps of 64, and one more; gathered or not."""
+    if form == "triton":
+        monkeypatch.setattr(weights_gluon, "takes", lambda *args: False)
+    counts = [0, 1, 63, 64, 65, 0, 128, 0, 300, 7, 0]
+    index = by_counts(counts).view(-1, 2)  # two slots of each token
+    plan = plan_slots(index.to(DEVICE), len(counts), 128)
+    S, slots = index.numel(), plan.order.long()
+    for gather_a, gather_b in ((0, 0), (2, 0), (0, 2)):
+        a, b = (
+            torch.randn(S // gather if gather else S, n, device=DEVICE, dtype=dtype)
+            for n, gather in ((M, gather_a), (N, gather_b))
+        )
+        got = weights_product(a, b, len(counts), plan, gather_a=gather_a, gather_b=gather_b)
+        rows = (a[slots // 2] if gather_a else a), (b[slots // 2] if gather_b else b)
+        for e, (x, y) in enumerate(zip(*(r.split(counts) for r in rows), strict=True)):
+            assert_as_good_as(f"{e}", got[e], x.mT @ y, x.double().mT @ y.double(), dtype)
+        again = weights_product(a, b, len(counts), plan, gather_a=gather_a, gather_b=gather_b)
+        assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize("T", [3, 40, 500])

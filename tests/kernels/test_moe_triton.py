@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kimi_kernels import backend, expert_mlp
-from kimi_kernels.moe import decode_triton, experts_triton, grouped_gemm
+from kimi_kernels.moe import decode_triton, experts_bwd_triton, experts_triton, grouped_gemm
 from kimi_kernels.moe.autograd import expert_mlp_backward_op, expert_mlp_op
 from kimi_kernels.moe.experts_triton import expert_mlp_fwd
 from kimi_kernels.moe.grouped_gemm import ROW_TILES, Tile, row_tile
@@ -14,7 +14,6 @@ from tests.kernels.test_moe import INDEXES, NAMES
 # the interpreter's sigmoid of a large negative number
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-PRODUCTS = ("gate_up", "down", "dh", "dx", "dgate_up", "ddown")
 
 
 def draw(T, E, k):
@@ -164,45 +163,12 @@ def test_row_tiles(monkeypatch):
         return row_tile(S, E, dtype, torch.device("meta"))
 
     assert tile(8, 256, torch.bfloat16).BM == 16
-    assert tile(65536, 256, torch.bfloat16) == Tile(128, 256, 64, 8, 4)
+    assert tile(65536, 256, torch.bfloat16) == Tile(128, 256, 64, 8, 3)
     assert tile(65536, 256, torch.float32).BM == 64
     assert tile(1 << 40, 1, torch.float16).BM == 128
     monkeypatch.setattr(grouped_gemm, "shared_memory", lambda device: 99 * 1024)
     assert tile(65536, 256, torch.bfloat16) == Tile(128, 128, 64, 4, 3)
     assert tile(8, 256, torch.bfloat16).BM == 16
-
-
-# ---- products by torch -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("names", [*PRODUCTS, "all"])
-def test_products_by_torch(names, monkeypatch):
-    """Each can be left to torch's grouped_mm, and its rows that do not count stay unread."""
-    chosen = frozenset(PRODUCTS if names == "all" else [names])
-    monkeypatch.setattr(grouped_gemm, "BY_TORCH", chosen)
-    called = []
-
-    def takes(a, b, E):
-        called.append(E)
-        return True
-
-    monkeypatch.setattr(grouped_gemm, "torch_takes", takes)
-    index = torch.cat((draw(20, 6, 2), torch.tensor([[7, 9], [3, 6]])))
-    args = make(22, 6, D=32, F=16, index=index)
-    check(args)
-    assert called
-    assert_as_good_as("y", run("triton", args)[0], *run("reference", args), *run("reference", args))
-
-
-def test_what_torch_takes():
-    x = torch.zeros(16, 8, device=DEVICE, dtype=torch.bfloat16)
-    hopper = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    assert grouped_gemm.torch_takes(x, x, 8) == hopper
-    odd = torch.zeros(16, 9, device=DEVICE, dtype=torch.bfloat16)
-    shifted = torch.zeros(129, device=DEVICE, dtype=torch.bfloat16)[1:].view(16, 8)
-    for a in (odd, shifted, x.half(), x.float()):
-        assert not grouped_gemm.torch_takes(a, x, 8) and not grouped_gemm.torch_takes(x, a, 8)
-    assert not grouped_gemm.torch_takes(x, x, 1024)
 
 
 # ---- decoding ----------------------------------------------------------------------------------
@@ -347,27 +313,28 @@ def test_one_gradient_at_a_time(i):
 
 
 @pytest.mark.parametrize(
-    "needed, products",
+    "needed, rows, sums",
     [
-        ((True, True, True, True), {"dh", "dx", "dgate_up", "ddown"}),
-        ((True, False, False, True), {"dh", "dx"}),
-        ((False, False, True, False), {"dh", "ddown"}),
-        ((False, False, False, True), {"dh"}),
+        ((True, True, True, True), 2, 2),
+        ((True, False, False, True), 2, 0),
+        ((False, False, True, False), 1, 1),
+        ((False, False, False, True), 1, 0),
     ],
 )
-def test_only_the_products_that_are_needed(needed, products, monkeypatch):
-    made = set()
-    by_torch = grouped_gemm.by_torch
-
-    def noted(name, *args):
-        made.add(name)
-        return by_torch(name, *args)
-
+def test_only_the_products_that_are_needed(needed, rows, sums, monkeypatch):
+    made = []
     x, gate_up, down, index, weights = make(20, 6)
     _, gu, plan = expert_mlp_fwd(x, gate_up, down, index, weights, save=True)
-    monkeypatch.setattr(grouped_gemm, "by_torch", noted)
+    for name in ("rows_product", "weights_product"):
+        product = getattr(experts_bwd_triton, name)
+
+        def noted(*args, name=name, product=product, **options):
+            made.append(name)
+            return product(*args, **options)
+
+        monkeypatch.setattr(experts_bwd_triton, name, noted)
     grads = expert_mlp_backward_op(x, gate_up, down, weights, gu, list(plan), x, list(needed))
-    assert made == products
+    assert sorted(made) == ["rows_product"] * rows + ["weights_product"] * sums
     assert [g.numel() > 0 for g in grads] == list(needed)
 
 

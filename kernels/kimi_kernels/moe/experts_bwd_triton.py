@@ -66,7 +66,7 @@ def expert_mlp_bwd(
     (S, F2), (T, top_k), E = gu.shape, weights.shape, gate_up.shape[0]
     F, tile = F2 // 2, row_tile(S, E, x.dtype, x.device)
     need_x, need_gate_up, need_down, need_weights = needed
-    dh = rows_product("dh", dy, down, plan, tile, trans=True, gather=top_k)
+    dh = rows_product(dy, down, plan, tile, trans=True, gather=top_k)
     dgu, dweights = torch.empty_like(gu), torch.empty_like(weights)
     swiglu_grads_kernel[(S,)](
         gu, dh, weights, plan.order, plan.offsets, dgu, dweights,
@@ -74,10 +74,10 @@ def expert_mlp_bwd(
     )  # fmt: skip
     ddown = dgate_up = dx = None
     if need_down:
-        ddown = weights_product("ddown", dy, dh, E, plan, gather_a=top_k)
+        ddown = weights_product(dy, dh, E, plan, gather_a=top_k)
     del dh
     if need_gate_up:
-        dgate_up = weights_product("dgate_up", dgu, x, E, plan, gather_b=top_k)
+        dgate_up = weights_product(dgu, x, E, plan, gather_b=top_k)
     if need_x:
-        dx = combine(rows_product("dx", dgu, gate_up, plan, tile, trans=True), plan, None, T)
+        dx = combine(rows_product(dgu, gate_up, plan, tile, trans=True), plan, None, T)
     return [dx, dgate_up, ddown, dweights if need_weights else None]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.moe.decode_triton import DECODE_SLOTS, decode_experts
-from kimi_kernels.moe.grouped_gemm import Tile, accumulate, by_torch, row_tile, rows_product
+from kimi_kernels.moe.grouped_gemm import Tile, accumulate, row_tile, rows_product
 from kimi_kernels.moe.plan_triton import Plan, plan_slots
 from kimi_kernels.triton_math import sigmoid
 
@@ -66,20 +66,6 @@ def gate_up_kernel(
 
 
 @triton.jit
-def swiglu_kernel(gu, offsets, h, E: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
-    """h [S, F] of rows that count from gu [S, 2F]."""
-    i_r = tl.program_id(0)
-    if i_r >= tl.load(offsets + E):
-        return
-    o_f = tl.program_id(1) * BF + tl.arange(0, BF)
-    p = gu + i_r.to(tl.int64) * (2 * F) + o_f
-    gate = tl.load(p, mask=o_f < F, other=0.0).to(tl.float32)
-    up = tl.load(p + F, mask=o_f < F, other=0.0).to(tl.float32)
-    b_h = (gate * sigmoid(gate) * up).to(h.dtype.element_ty)
-    tl.store(h + i_r.to(tl.int64) * F + o_f, b_h, mask=o_f < F)
-
-
-@triton.jit
 def combine_kernel(
     y, position, offsets, weights, out,
     E: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -106,14 +92,9 @@ def hidden_rows(
     x: Tensor, gate_up: Tensor, plan: Plan, tile: Tile, top_k: int, save: bool
 ) -> tuple[Tensor, Tensor]:
     """h [S, F] and, if `save`, gate | up [S, 2F], else without rows."""
-    S, (E, F2, D) = plan.order.numel(), gate_up.shape
+    S, (_, F2, D) = plan.order.numel(), gate_up.shape
     F = F2 // 2
     h = torch.empty(S, F, dtype=x.dtype, device=x.device)
-    if by_torch("gate_up", x, gate_up, E):
-        gu = rows_product("gate_up", x, gate_up, plan, tile, gather=top_k)
-        BF = min(1024, triton.next_power_of_2(F))
-        swiglu_kernel[(S, triton.cdiv(F, BF))](gu, plan.offsets, h, E=E, F=F, BF=BF)
-        return h, gu if save else gu.new_empty(0, F2)
     gu = torch.empty(S if save else 0, F2, dtype=x.dtype, device=x.device)
     MT = plan.tiles.shape[1]
     gate_up_kernel[(MT * triton.cdiv(F2, tile.BN),)](
@@ -152,5 +133,5 @@ def expert_mlp_fwd(
     tile = row_tile(S, E, x.dtype, x.device)
     plan = plan_slots(index, E, tile.BM)
     h, gu = hidden_rows(x, gate_up, plan, tile, top_k, save)
-    y = combine(rows_product("down", h, down, plan, tile), plan, weights, T)
+    y = combine(rows_product(h, down, plan, tile), plan, weights, T)
     return y, gu, plan if save else nothing

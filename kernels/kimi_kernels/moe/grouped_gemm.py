@@ -11,12 +11,11 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_kernels.dispatch import capability
+from kimi_kernels.moe import weights_gluon
 from kimi_kernels.moe.plan_triton import Plan
 
 
@@ -44,14 +43,16 @@ class Tile(NamedTuple):
 ROW_TILES = [
     (8, Tile(16, 64, 128, 4, 4)),
     (24, Tile(32, 128, 64, 4, 4)),
-    (96, Tile(64, 128, 64, 4, 4)),
-    (float("inf"), Tile(128, 256, 64, 8, 4)),
+    (float("inf"), Tile(128, 256, 64, 8, 3)),
     (float("inf"), Tile(128, 128, 64, 4, 3)),
 ]
 ROW_TILES_FP32 = [(8, Tile(16, 64, 32, 4, 3)), (float("inf"), Tile(64, 64, 32, 4, 3))]
-WEIGHT_TILE, WEIGHT_TILE_FP32 = Tile(128, 128, 64, 4, 3), Tile(64, 64, 32, 4, 3)
+WEIGHT_TILE, WEIGHT_TILE_FP32 = Tile(128, 128, 64, 4, 2), Tile(64, 64, 32, 4, 3)
 
-BY_TORCH: frozenset[str] = frozenset()  # of gate_up, down, dh, dx, dgate_up and ddown
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -190,19 +191,15 @@ def weights_kernel(
 
 
 def rows_product(
-    name: str, a: Tensor, w: Tensor, plan: Plan, tile: Tile, *, trans: bool = False, gather: int = 0
+    a: Tensor, w: Tensor, plan: Plan, tile: Tile, *, trans: bool = False, gather: int = 0
 ) -> Tensor:
     """[S, N]: every row times the weights of its expert, rows past the last expert unwritten.
 
     Args:
-        name: of the product, for `BY_TORCH`.
         a: `[S, K]` by row, or `[T, K]` by token if `gather` is top_k.
         w: `[E, N, K]`, or `[E, K, N]` if `trans`.
     """
-    S, (E, N, K) = plan.order.numel(), (w.mT if trans else w).shape
-    if by_torch(name, a, w, E):
-        rows = a.index_select(0, plan.order // gather) if gather else a
-        return F.grouped_mm(rows, w if trans else w.mT, offs=plan.offsets[1:])
+    S, (_, N, K) = plan.order.numel(), (w.mT if trans else w).shape
     out = torch.empty(S, N, dtype=a.dtype, device=a.device)
     MT = plan.tiles.shape[1]
     rows_kernel[(MT * triton.cdiv(N, tile.BN),)](
@@ -213,36 +210,17 @@ def rows_product(
 
 
 def weights_product(
-    name: str, a: Tensor, b: Tensor, E: int, plan: Plan, *, gather_a: int = 0, gather_b: int = 0
+    a: Tensor, b: Tensor, E: int, plan: Plan, *, gather_a: int = 0, gather_b: int = 0
 ) -> Tensor:
     """[E, M, N]: a^T b over each expert's rows; a [S, M] and b [S, N], [T, ...] where gathered."""
     M, N = a.shape[1], b.shape[1]
-    if by_torch(name, a, b, E):
-        rows = [
-            x.index_select(0, plan.order // gather) if gather else x
-            for x, gather in ((a, gather_a), (b, gather_b))
-        ]
-        return F.grouped_mm(rows[0].mT, rows[1], offs=plan.offsets[1:])
     dw = torch.empty(E, M, N, dtype=a.dtype, device=a.device)
+    meta = {"M": M, "N": N, "GATHER_A": gather_a, "GATHER_B": gather_b}
+    args = a, b, plan.order, plan.offsets, dw
+    if weights_gluon.takes(a, b):
+        weights_gluon.weights_gluon_kernel[(multiprocessors(a.device),)](*args, E=E, **meta)
+        return dw
     tile = WEIGHT_TILE_FP32 if a.dtype == torch.float32 else WEIGHT_TILE
-    weights_kernel[(E * triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)](
-        a, b, plan.order, plan.offsets, dw,
-        M=M, N=N, GATHER_A=gather_a, GATHER_B=gather_b, **tile.options(a.dtype),
-    )  # fmt: skip
+    programs = E * triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
+    weights_kernel[(programs,)](*args, **meta, **tile.options(a.dtype))
     return dw
-
-
-def by_torch(name: str, a: Tensor, b: Tensor, E: int) -> bool:
-    """Whether torch's grouped_mm makes this product."""
-    return name in BY_TORCH and torch_takes(a, b, E)
-
-
-def torch_takes(a: Tensor, b: Tensor, E: int) -> bool:
-    """bf16 on Hopper, rows of 16 bytes; elsewhere it may wait for the host, or not zero a sum."""
-    return (
-        E < 1024
-        and capability(a.device) == (9, 0)
-        and a.dtype == torch.bfloat16
-        and all(n % 8 == 0 for n in (*a.shape[1:], *b.shape[1:]))
-        and a.data_ptr() % 16 == b.data_ptr() % 16 == 0
-    )
