@@ -42,9 +42,8 @@ class KimiLinearTopkRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> logits [T, E], weights and expert indexes [T, top_k]."""
-        acc = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(acc), self.weight.to(acc))
+            logits = self._logits(x)
             weights, index = route(
                 logits, self.e_score_correction_bias, self.top_k,
                 n_group=self.n_group, topk_group=self.topk_group,
@@ -53,6 +52,15 @@ class KimiLinearTopkRouter(nn.Module):
         if self.counts is not None and self.training:
             self._count(self.counts, index)
         return logits, weights, index
+
+    def _logits(self, x: Tensor) -> Tensor:
+        w = self.weight
+        half = x.dtype == w.dtype and x.dtype in (torch.bfloat16, torch.float16)
+        eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if half and x.is_cuda and eager:
+            return torch.mm(x, w.mT, out_dtype=torch.float32)  # exact products, as below
+        acc = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(acc), w.to(acc))
 
     @staticmethod
     def _count(counts: Tensor, index: Tensor) -> None:
