@@ -13,8 +13,8 @@ from importlib import import_module
 
 import torch
 
-from benchmarks.inputs import Shape
-from benchmarks.ops import DTYPE, OPS
+from benchmarks.inputs import DTYPE, Shape
+from benchmarks.ops import OPS
 from benchmarks.timing import synchronize
 
 

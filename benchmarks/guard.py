@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.ops import DTYPE, Op
+from benchmarks.inputs import DTYPE
+from benchmarks.ops import Op
 from benchmarks.providers import Build
 from benchmarks.results import ROOT
 

@@ -9,10 +9,11 @@ from torch import Tensor
 Shape = dict[str, int]
 Inputs = dict[str, Tensor]
 
+DTYPE = torch.bfloat16  # of what is measured
 TOP_K = 8  # experts per token
 
 
-class _Draw:
+class Draw:
     """Seeded random tensors of one dtype on one device."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0):
@@ -38,7 +39,7 @@ class _Draw:
 def kda_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Arguments of `fused_kda`: q, k, f [B, T, H, K], v [B, T, H, V], b [B, T, H], the gate's."""
     B, T, H, K, V = (shape[letter] for letter in "BTHKV")
-    draw = _Draw(dtype, device)
+    draw = Draw(dtype, device)
     x = {name: draw.normal(B, T, H, d) for name, d in (("q", K), ("k", K), ("v", V), ("f", K))}
     return x | {"b": draw.normal(B, T, H)} | draw.gate(H, K)
 
@@ -46,7 +47,7 @@ def kda_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs
 def kda_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """`kda_inputs`, and the gradient of the output, do [B, T, H, V]."""
     x = kda_inputs(shape, dtype, device)
-    return x | {"do": _Draw(dtype, device).normal(*x["v"].shape)}
+    return x | {"do": Draw(dtype, device).normal(*x["v"].shape)}
 
 
 def strong_gate_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -59,7 +60,7 @@ def kda_step_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> I
     """One token per sequence before the convolution, and the states that it meets."""
     B, H, K, V, W = (shape[letter] for letter in "BHKVW")
     D = H * (2 * K + V)  # channels of q, k and v side by side
-    draw = _Draw(dtype, device)
+    draw = Draw(dtype, device)
     return draw.gate(H, K) | {
         "q": draw.normal(B, 1, H * K),
         "k": draw.normal(B, 1, H * K),
@@ -77,7 +78,7 @@ def kda_step_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> I
 def conv_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Three projections q, k, v [B, T, H * K] and weight [3 * H * K, W]."""
     B, T, H, K, W = (shape[letter] for letter in "BTHKW")
-    draw = _Draw(dtype, device)
+    draw = Draw(dtype, device)
     x = {name: draw.normal(B, T, H * K) for name in "qkv"}
     return x | {"weight": draw.normal(3 * H * K, W) / W**0.5}
 
@@ -85,13 +86,13 @@ def conv_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Input
 def conv_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """`conv_inputs`, and the gradients of the three outputs, do [3, B, T, H * K]."""
     x = conv_inputs(shape, dtype, device)
-    return x | {"do": _Draw(dtype, device).normal(3, *x["q"].shape)}
+    return x | {"do": Draw(dtype, device).normal(3, *x["q"].shape)}
 
 
 def gated_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Arguments of `gated_rms_norm`: x, g [B, T, H, V] and w [V]."""
     B, T, H, V = (shape[letter] for letter in "BTHV")
-    draw = _Draw(dtype, device)
+    draw = Draw(dtype, device)
     x = {name: draw.normal(B, T, H, V) for name in "xg"}
     return x | {"w": 1 + 0.1 * draw.normal(V)}
 
@@ -99,7 +100,7 @@ def gated_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) ->
 def rms_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Arguments of `add_rms_norm`: x, residual [B, T, D] and w [D]."""
     B, T, D = (shape[letter] for letter in "BTD")
-    draw = _Draw(dtype, device)
+    draw = Draw(dtype, device)
     x = {name: draw.normal(B, T, D) for name in ("x", "residual")}
     return x | {"w": 1 + 0.1 * draw.normal(D)}
 
@@ -107,16 +108,16 @@ def rms_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> I
 def rms_norm_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """`rms_norm_inputs`, and the gradients of norm and sum, do [2, B, T, D]."""
     x = rms_norm_inputs(shape, dtype, device)
-    return x | {"do": _Draw(dtype, device).normal(2, *x["x"].shape)}
+    return x | {"do": Draw(dtype, device).normal(2, *x["x"].shape)}
 
 
 def gated_norm_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """`gated_norm_inputs`, and the gradient of the output, do [B, T, H, V]."""
     x = gated_norm_inputs(shape, dtype, device)
-    return x | {"do": _Draw(dtype, device).normal(*x["x"].shape)}
+    return x | {"do": Draw(dtype, device).normal(*x["x"].shape)}
 
 
-def _routed(draw: _Draw, T: int, D: int, E: int) -> Inputs:
+def _routed(draw: Draw, T: int, D: int, E: int) -> Inputs:
     """x [T, D]; index [T, 8], different ones of E experts, all as likely; weights [T, 8], fp32."""
     scores = draw.normal(T, TOP_K, dtype=torch.float32).sigmoid()
     return {
@@ -129,7 +130,7 @@ def _routed(draw: _Draw, T: int, D: int, E: int) -> Inputs:
 def moe_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Arguments of `expert_mlp` for B T tokens."""
     B, T, D, E, F = (shape[letter] for letter in "BTDEF")
-    draw = _Draw(dtype, device)
+    draw = Draw(dtype, device)
     return _routed(draw, B * T, D, E) | {
         "gate_up": 0.02 * draw.normal(E, 2 * F, D),
         "down": 0.02 * draw.normal(E, D, F),
@@ -139,10 +140,10 @@ def moe_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs
 def other_tokens(x: Inputs, i: int) -> Inputs:
     """`moe_inputs` with tokens that went to other experts; for i = 0 the same tokens."""
     (T, D), E = x["x"].shape, x["gate_up"].shape[0]
-    return x | _routed(_Draw(x["x"].dtype, x["x"].device, seed=i), T, D, E)
+    return x | _routed(Draw(x["x"].dtype, x["x"].device, seed=i), T, D, E)
 
 
 def moe_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """`moe_inputs`, and the gradient of the output, do [B T, D]."""
     x = moe_inputs(shape, dtype, device)
-    return x | {"do": _Draw(dtype, device, seed=1).normal(*x["x"].shape)}
+    return x | {"do": Draw(dtype, device, seed=1).normal(*x["x"].shape)}

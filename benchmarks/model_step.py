@@ -30,11 +30,6 @@ def config(shape: Shape) -> Any:
     )  # fmt: skip
 
 
-def parameters(shape: Shape) -> dict[str, int]:
-    """How many there are: `total`, and `active`, with which a token is multiplied."""
-    return import_module("kimi_linear.info").parameter_counts(config(shape))
-
-
 def model_of(config: Any, device: torch.device | str, **options: Any) -> Any:
     """A fresh model, ours or native as the config is, built where it is to be."""
     with torch.device(device):
@@ -49,17 +44,21 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     return {"ids": ids, "sizes": torch.tensor([shape[letter] for letter in LETTERS]), **weights}
 
 
+def weights(x: Inputs) -> Inputs:
+    """Those of the model among the inputs."""
+    return {name: t for name, t in x.items() if "." in name}
+
+
 def on_weights(config: Any, x: Inputs) -> Any:
     """A model whose parameters are the weights among the inputs, not copies."""
     model = model_of(config, "meta")
-    weights = {name: t for name, t in x.items() if name not in ("ids", "sizes")}
-    model.load_state_dict(weights, assign=True)
-    return model.train()
+    model.load_state_dict(weights(x), assign=True)
+    return model
 
 
 def _step(config: Any, x: Inputs) -> Call:
     """A call leaves no gradients behind, so its peak memory has them and what leads to them."""
-    model = on_weights(config, x)
+    model = on_weights(config, x).train()
 
     def call():
         loss = model(x["ids"], labels=x["ids"], use_cache=False).loss
@@ -71,15 +70,20 @@ def _step(config: Any, x: Inputs) -> Call:
     return call
 
 
-def _config(x: Inputs) -> Any:
+def our_config(x: Inputs) -> Any:
     return config(dict(zip(LETTERS, x["sizes"].tolist(), strict=True)))
 
 
+def native_config(x: Inputs) -> Any:
+    """transformers' own, of the same model."""
+    package = import_module("transformers.models.kimi_linear")
+    return package.KimiLinearConfig(**our_config(x).to_dict())
+
+
 def ours(x: Inputs) -> Call:
-    return _step(_config(x), x)
+    return _step(our_config(x), x)
 
 
 def native(x: Inputs) -> Call:
     """transformers' own model, which runs on fla-core's kernels where that is installed."""
-    native_config = import_module("transformers.models.kimi_linear").KimiLinearConfig
-    return _step(native_config(**_config(x).to_dict()), x)
+    return _step(native_config(x), x)

@@ -1,24 +1,21 @@
-"""What is measured: each op with its shapes, its cost and who computes it. No code but formulas.
+"""What is measured: each op with its shapes, its cost and who computes it.
 
-FLOPs are those of the algorithm (TR section 6.2, chunks of 64), 2 per multiply-add; bytes are the
-fewest that must pass through device memory, each input read and each output written once. The
-larger of the two times is the op's `floor`.
+The larger of the times that its FLOPs and its bytes take (costs.py) is the op's `floor`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
+from benchmarks import costs, model_decode, model_step
 from benchmarks import inputs as data
-from benchmarks import model_step
 from benchmarks import providers as by
-from benchmarks.inputs import TOP_K, Inputs, Shape
+from benchmarks.costs import SIZE
+from benchmarks.inputs import Inputs, Shape
 from benchmarks.providers import Build, Provider, forward, gradient, reference, train
-
-DTYPE = torch.bfloat16
-SIZE = DTYPE.itemsize  # bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,8 @@ class Op:
 
 # released widths, 3 KDA layers + MLA, one of them with a dense feed-forward; letters: model_step.py
 MODEL = {"L": 4, "D": 2304, "H": 32, "K": 128, "E": 256, "F": 1024, "R": 512, "vocab": 163840}
+# 8 of 8 experts: where some are left out, one bf16 rounding chooses others
+SMALL_MODEL = {"B": 1, "L": 4, "E": 8, "vocab": 1024}
 
 
 def _kda_shape(B: int, T: int, H: int = 32) -> Shape:
@@ -67,95 +66,13 @@ def _moe_shape(B: int, T: int) -> Shape:
     return {"B": B, "T": T, "D": 2304, "E": 256, "F": 1024}
 
 
-def _tokens(s: Shape) -> int:
-    """Tokens times heads."""
-    return s["B"] * s["T"] * s["H"]
-
-
-def _kda_flops(s: Shape) -> float:
-    """Forward."""
-    K, V, C = s["K"], s["V"], 64
-    return _tokens(s) * (6 * K * V + C * (2 * K + V) + C * C)
-
-
-def _kda_bytes(s: Shape) -> float:
-    """q, k, f, v, b in; o out."""
-    return _tokens(s) * SIZE * (3 * s["K"] + 2 * s["V"] + 1)
-
-
-def _kda_train_bytes(s: Shape) -> float:
-    """The forward pass; then the same five and do in, five gradients out."""
-    return _kda_bytes(s) + _tokens(s) * SIZE * (6 * s["K"] + 3 * s["V"] + 2)
-
-
-def _step_flops(s: Shape) -> float:
-    B, H, K, V, W = (s[letter] for letter in "BHKVW")
-    return B * H * (7 * K * V + 2 * W * (2 * K + V) + 8 * V)
-
-
-def _step_bytes(s: Shape) -> float:
-    """Both states in and out; projections, f, b, gate and weights in; o out."""
-    B, H, K, V, W = (s[letter] for letter in "BHKVW")
-    D = H * (2 * K + V)
-    state = 2 * B * H * K * V * 4
-    return state + SIZE * (B * (D + H * K + H + 2 * H * V + 2 * (W - 1) * D) + D * W)
-
-
-def _conv_bytes(s: Shape) -> float:
-    """x and weight in; y out."""
-    return SIZE * 3 * s["K"] * (2 * _tokens(s) + s["H"] * s["W"])
-
-
-def _conv_train_bytes(s: Shape) -> float:
-    """The forward pass; then x, weight and dy in, dx and dweight out."""
-    return _conv_bytes(s) + SIZE * 3 * s["K"] * (3 * _tokens(s) + 2 * s["H"] * s["W"])
-
-
-def _norm_bytes(s: Shape) -> float:
-    """x, g and w in; o out."""
-    return SIZE * s["V"] * (3 * _tokens(s) + 1)
-
-
-def _norm_train_bytes(s: Shape) -> float:
-    """The forward pass; then x, g, w and do in, dx, dg and dw out."""
-    return _norm_bytes(s) + SIZE * s["V"] * (5 * _tokens(s) + 2)
-
-
-def _moe_flops(s: Shape) -> float:
-    """Forward: gate, up and down."""
-    return 6 * s["B"] * s["T"] * TOP_K * s["D"] * s["F"]
-
-
-def _moe_bytes(s: Shape) -> float:
-    """E (1 - (1 - k / E)^n) experts, the mean that n tokens hit, x, index and weights in; y out."""
-    B, T, D, E, F = (s[letter] for letter in "BTDEF")
-    hit = E * (1 - (1 - TOP_K / E) ** (B * T))
-    return SIZE * (hit * 3 * D * F + 2 * B * T * D) + B * T * TOP_K * (8 + 4)
-
-
-def _moe_train_bytes(s: Shape) -> float:
-    """The forward pass; then the same and do in, gradients of x, weights and E experts out."""
-    B, T, D, E, F = (s[letter] for letter in "BTDEF")
-    return 2 * _moe_bytes(s) + SIZE * (E * 3 * D * F + B * T * D) + B * T * TOP_K * 4
-
-
-def _model_flops(s: Shape) -> float:
-    """6 per active parameter and token; thrice the forward of KDA's chunks and of causal MLA."""
-    B, T, L, H, K = (s[letter] for letter in "BTLHK")
-    mla_layers = -(-L // 4)
-    kda = (L - mla_layers) * _kda_flops(s | {"V": K})
-    mla = mla_layers * B * H * T * T * (2 * K + K // 2)  # half of 2 T^2 per channel of k and v
-    return 6 * model_step.parameters(s)["active"] * B * T + 3 * (kda + mla)
-
-
-def _model_bytes(s: Shape) -> float:
-    """Every weight in, every gradient out."""
-    return 2 * SIZE * model_step.parameters(s)["total"]
+def _deep_shape(**sizes: int) -> Shape:
+    return sizes | MODEL | {"L": 8}
 
 
 def _small(limit: int) -> Callable[[Shape], bool]:
     """Up to `limit` tokens times heads."""
-    return lambda s: _tokens(s) <= limit
+    return lambda s: costs.tokens(s) <= limit
 
 
 def _few(limit: int) -> Callable[[Shape], bool]:
@@ -179,6 +96,7 @@ BOUNDED = reference(forward(by.our_bounded_kda))
 KDA_TESTS = "tests/kernels/test_kda*.py"
 CONV_TESTS = "tests/kernels/test_causal_conv*.py"
 MOE_TESTS = "tests/kernels/test_moe*.py"
+MODEL_TESTS = "tests/model/test_gpu.py"
 
 OPS = (
     Op(
@@ -192,8 +110,8 @@ OPS = (
             _kda_shape(8, 2048),
             _kda_shape(1, 1048576, 8),
         ),
-        flops=_kda_flops,
-        bytes=_kda_bytes,
+        flops=costs.kda_flops,
+        bytes=costs.kda_bytes,
         inputs=data.kda_inputs,
         check={"B": 1, "T": 256},
         providers={
@@ -214,8 +132,8 @@ OPS = (
             _kda_shape(1, 65536),
             _kda_shape(8, 2048),
         ),
-        flops=lambda s: 3 * _kda_flops(s),
-        bytes=_kda_train_bytes,
+        flops=lambda s: 3 * costs.kda_flops(s),
+        bytes=costs.kda_train_bytes,
         inputs=data.kda_train_inputs,
         check={"B": 1, "T": 256},
         providers={
@@ -229,8 +147,8 @@ OPS = (
         mode="decode",
         tests=KDA_TESTS,
         shapes=tuple(_step_shape(B) for B in (1, 32, 128, 256)),
-        flops=_step_flops,
-        bytes=_step_bytes,
+        flops=costs.step_flops,
+        bytes=costs.step_bytes,
         inputs=data.kda_step_inputs,
         check={"B": 2},
         providers={
@@ -246,8 +164,8 @@ OPS = (
         mode="forward",
         tests=CONV_TESTS,
         shapes=({"B": 1, "T": 8192, "H": 32, "K": 128, "W": 4},),
-        flops=lambda s: _tokens(s) * 3 * s["K"] * 2 * s["W"],
-        bytes=_conv_bytes,
+        flops=lambda s: costs.tokens(s) * 3 * s["K"] * 2 * s["W"],
+        bytes=costs.conv_bytes,
         inputs=data.conv_inputs,
         check={"T": 256},
         providers={
@@ -261,8 +179,8 @@ OPS = (
         mode="train",
         tests=CONV_TESTS,
         shapes=({"B": 1, "T": 8192, "H": 32, "K": 128, "W": 4},),
-        flops=lambda s: 3 * _tokens(s) * 3 * s["K"] * 2 * s["W"],
-        bytes=_conv_train_bytes,
+        flops=lambda s: 3 * costs.tokens(s) * 3 * s["K"] * 2 * s["W"],
+        bytes=costs.conv_train_bytes,
         inputs=data.conv_train_inputs,
         check={"T": 256},
         providers={
@@ -276,8 +194,8 @@ OPS = (
         mode="forward",
         tests="tests/kernels/test_gated_norm.py",
         shapes=({"B": 1, "T": 8192, "H": 32, "V": 128},),
-        flops=lambda s: _tokens(s) * s["V"] * 8,
-        bytes=_norm_bytes,
+        flops=lambda s: costs.tokens(s) * s["V"] * 8,
+        bytes=costs.norm_bytes,
         inputs=data.gated_norm_inputs,
         check={"T": 256},
         providers={
@@ -291,8 +209,8 @@ OPS = (
         mode="train",
         tests="tests/kernels/test_gated_norm.py",
         shapes=({"B": 1, "T": 8192, "H": 32, "V": 128},),
-        flops=lambda s: 3 * _tokens(s) * s["V"] * 8,
-        bytes=_norm_train_bytes,
+        flops=lambda s: 3 * costs.tokens(s) * s["V"] * 8,
+        bytes=costs.norm_train_bytes,
         inputs=data.gated_norm_train_inputs,
         check={"T": 256},
         providers={
@@ -329,7 +247,7 @@ OPS = (
             mode=mode,
             tests=MOE_TESTS,
             shapes=tuple(_moe_shape(1, T) for T in (512, 2048, 8192)),
-            flops=lambda s, passes=passes: passes * _moe_flops(s),
+            flops=lambda s, passes=passes: passes * costs.moe_flops(s),
             bytes=moved,
             inputs=inputs,
             check={"T": 256, "E": 32},
@@ -344,8 +262,8 @@ OPS = (
             },
         )
         for mode, how, passes, moved, inputs in (
-            ("forward", forward, 1, _moe_bytes, data.moe_inputs),
-            ("train", train, 3, _moe_train_bytes, data.moe_train_inputs),
+            ("forward", forward, 1, costs.moe_bytes, data.moe_inputs),
+            ("train", train, 3, costs.moe_train_bytes, data.moe_train_inputs),
         )
     ),
     Op(
@@ -353,8 +271,8 @@ OPS = (
         mode="decode",
         tests=MOE_TESTS,
         shapes=tuple(_moe_shape(B, 1) for B in (1, 8, 32)),
-        flops=_moe_flops,
-        bytes=_moe_bytes,
+        flops=costs.moe_flops,
+        bytes=costs.moe_bytes,
         inputs=data.moe_inputs,
         check={"E": 32},
         providers={
@@ -373,16 +291,77 @@ OPS = (
         # the tests that need no native model: beside fla that one does not run on a CPU
         tests="tests/model/test_packing.py",
         shapes=({"B": 1, "T": 4096} | MODEL,),
-        flops=_model_flops,
-        bytes=_model_bytes,
+        flops=costs.train_step_flops,
+        bytes=costs.train_step_bytes,
         inputs=model_step.inputs,
-        # 8 of 8 experts: where some are left out, one bf16 rounding chooses others
-        check={"B": 1, "T": 256, "E": 8, "vocab": 1024},
+        check=SMALL_MODEL | {"T": 256},
         providers={
             "ours": Provider(model_step.ours),
             "native": _fla(model_step.native),
+            "reference": Provider(reference(model_step.ours), fits=_few(2048)),
+        },
+    ),
+    Op(
+        name="model",
+        mode="prefill",
+        tests=MODEL_TESTS,
+        shapes=tuple(_deep_shape(B=1, T=T) for T in (8192, 32768)),
+        flops=costs.prefill_flops,
+        bytes=costs.prefill_bytes,
+        inputs=model_step.inputs,
+        check=SMALL_MODEL | {"T": 256},
+        providers={
+            "ours": Provider(model_decode.our_prefill),
+            "native": _fla(model_decode.native_prefill),
+            "reference": Provider(reference(model_decode.our_prefill), fits=_few(2048)),
+        },
+    ),
+    Op(
+        name="model",
+        mode="decode_step",
+        tests=MODEL_TESTS,
+        shapes=tuple(
+            _deep_shape(B=B, S=S)
+            for B, S in (
+                *((1, S) for S in (1024, 4096, 32768, 131072, 1048576)),
+                *((32, 1024), (8, 131072)),
+            )
+        ),
+        flops=costs.decode_step_flops,
+        bytes=costs.decode_step_bytes,
+        inputs=model_decode.decode_inputs,
+        check=SMALL_MODEL | {"B": 2, "S": 256},
+        providers={
+            "ours": Provider(model_decode.our_step),
+            # it expands the keys and values of the whole context for each token
+            "native": replace(
+                _fla(model_decode.native_step), fits=lambda s: s["B"] * s["S"] <= 32768
+            ),
+            "all_mla": Provider(
+                model_decode.all_mla_step,
+                expected=reference(model_decode.all_mla_step),
+                flops=partial(costs.decode_step_flops, all_mla=True),
+                bytes=partial(costs.decode_step_bytes, all_mla=True),
+            ),
+            # for the check alone: a CUDA graph cannot hold its second call
+            "reference": Provider(reference(model_decode.our_step), fits=lambda s: False),
+        },
+    ),
+    Op(
+        name="model",
+        mode="generate",
+        tests=MODEL_TESTS,
+        shapes=(_deep_shape(B=1, S=1024, N=64),),
+        flops=costs.generate_flops,
+        bytes=costs.generate_bytes,
+        inputs=model_decode.generate_inputs,
+        # one token: which ones follow hangs on rounding
+        check=SMALL_MODEL | {"S": 256, "N": 1},
+        providers={
+            "ours": Provider(model_decode.our_generate),
+            "native": _fla(model_decode.native_generate),
             "reference": Provider(
-                reference(model_step.ours), fits=lambda s: s["B"] * s["T"] <= 2048
+                reference(model_decode.our_generate), fits=lambda s: s["B"] * s["S"] <= 256
             ),
         },
     ),
@@ -391,8 +370,8 @@ OPS = (
         mode="cold",
         tests=KDA_TESTS,
         shapes=(_kda_shape(1, 8192),),
-        flops=_kda_flops,
-        bytes=_kda_bytes,
+        flops=costs.kda_flops,
+        bytes=costs.kda_bytes,
         inputs=data.kda_inputs,
         providers={
             "ours": Provider(forward(by.our_kda)),
@@ -405,8 +384,8 @@ OPS = (
         mode="cold_train",
         tests=KDA_TESTS,
         shapes=(_kda_shape(1, 8192),),
-        flops=lambda s: 3 * _kda_flops(s),
-        bytes=_kda_train_bytes,
+        flops=lambda s: 3 * costs.kda_flops(s),
+        bytes=costs.kda_train_bytes,
         inputs=data.kda_train_inputs,
         providers={
             "ours": Provider(train(by.our_kda)),
@@ -420,8 +399,8 @@ OPS = (
             mode=mode,
             tests=KDA_TESTS,
             shapes=(_kda_shape(1, 2048),),
-            flops=lambda s: 3 * _kda_flops(s),
-            bytes=_kda_train_bytes,
+            flops=lambda s: 3 * costs.kda_flops(s),
+            bytes=costs.kda_train_bytes,
             inputs=inputs,
             providers={
                 "ours": Provider(gradient("A_log", train(by.our_kda))),

@@ -39,6 +39,7 @@ class Provider:
         package: its distribution, for the version.
         expected: builds the reference it has to agree with, where that is not the op's own.
         fits: the shapes it is run at.
+        flops, bytes: what it costs, where that is not what the op costs.
     """
 
     build: Build
@@ -46,6 +47,8 @@ class Provider:
     package: str | None = None
     expected: Build | None = None
     fits: Callable[[Shape], bool] = lambda shape: True
+    flops: Callable[[Shape], float] | None = None
+    bytes: Callable[[Shape], float] | None = None
 
 
 def forward(load: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]) -> Build:

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.inputs import Shape
-from benchmarks.ops import DTYPE
+from benchmarks.inputs import DTYPE, Shape
 from benchmarks.results import RESULTS, ROOT, label, replace, slug
 from benchmarks.timing import quantiles
 

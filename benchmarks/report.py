@@ -22,11 +22,13 @@ BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL
 MODES = {"forward": "forward", "train": "forward + backward", "decode": "decode step"}
 MODES |= {"cold": "first call, nothing compiled"}
 MODES |= {"cold_train": "first forward + backward, nothing compiled"}
-MODES |= {"train_step": "forward, loss, backward"}
+MODES |= {"train_step": "forward, loss, backward", "prefill": "prompt"}
+MODES |= {"decode_step": "decode step", "generate": "`generate`, all T tokens"}
 MODES |= {"error": "gates as a model starts", "error_strong": "strong gates"}
 UNITS = {"kda_gradients": "relative RMS error of dA_log"}
 PROVIDERS = {"fla_bounded": "fla, bounded gate", "flash_kda": "FlashKDA, bounded gate"}
 PROVIDERS |= {"fla_recurrence": "fla, recurrence alone", "native": "transformers + fla"}
+PROVIDERS |= {"all_mla": "ours, every layer MLA"}
 PROVIDERS |= {name: f"transformers, {name}" for name in ("grouped_mm", "batched_mm")}
 # ours is compared with the first of them that is there
 BASELINES = ("fla", "native", "grouped_mm", "torch")
@@ -51,14 +53,19 @@ def provider_order(op: str) -> list[str]:
     return [name for o in OPS if o.name == op for name in o.providers] + ["floor"]
 
 
-def constants(rows: Sequence[Row]) -> str:
-    """The letters beside B, T and H with their sizes: `K 128, V 128`."""
+def letter_sizes(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """The letters that `label` does not show, each with its sizes."""
     sizes: dict[str, set[int]] = {}
     for row in rows:
         for letter, size in row["shape"].items():
-            if letter not in "BTH":
+            if letter not in "BTHSN":
                 sizes.setdefault(letter, set()).add(size)
-    return ", ".join(f"{letter} {'/'.join(map(str, sorted(s)))}" for letter, s in sizes.items())
+    return {letter: sorted(found) for letter, found in sizes.items()}
+
+
+def constants(rows: Sequence[Row]) -> str:
+    """Those that have one size: `K 128, V 128`. The others have a column."""
+    return ", ".join(f"{letter} {s[0]}" for letter, s in letter_sizes(rows).items() if len(s) == 1)
 
 
 def cells(ms: dict[str, float], names: Sequence[str], baseline: str | None) -> list[str]:
@@ -79,12 +86,17 @@ def table(op: str, rows: Sequence[Row]) -> list[str]:
     listed = [(o.mode, *sorted(s.items())) for o in OPS if o.name == op for s in o.shapes]
     names = in_order((row["provider"] for row in rows), provider_order(op))
     baseline = next((n for n in BASELINES if {"ours", n} <= set(names)), None)
-    letters = " x ".join(letter for letter in "BTH" if letter in rows[0]["shape"])
-    head = ["mode", letters, *(PROVIDERS.get(name, name) for name in names)]
+    shown = {letter for row in rows for letter in row["shape"]}
+    letters = " x ".join(letter for letter in "BTH" if letter in shown)
+    letters += " after S" if "S" in shown else ""
+    varied = [letter for letter, sizes in letter_sizes(rows).items() if len(sizes) > 1]
+    start = ["mode", *varied, letters]
+    head = [*start, *(PROVIDERS.get(name, name) for name in names)]
     head += [f"ours / {baseline}"] if baseline else []
-    lines: list[list[str]] = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    lines = [head, [*["---"] * len(start), *["---:"] * (len(head) - len(start))]]
     for key in in_order(times, listed):
-        start = [MODES.get(key[0], key[0]), label(dict(key[1:]))]
+        mode, shape = key[0], dict(key[1:])
+        start = [MODES.get(mode, mode), *(str(shape.get(x, MISSING)) for x in varied), label(shape)]
         lines.append([*start, *cells(times[key], names, baseline)])
     return [f"| {' | '.join(line)} |" for line in lines]
 

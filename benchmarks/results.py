@@ -24,8 +24,14 @@ def slug(gpu: str) -> str:
 
 
 def label(shape: dict[str, int]) -> str:
-    """Batch, tokens and heads, as far as the shape has them: `1 x 8192 x 32`."""
-    return " x ".join(str(shape[letter]) for letter in "BTH" if letter in shape)
+    """Batch, tokens and heads, as far as the shape has them: `1 x 8192 x 32`.
+
+    New tokens, if there is a context of S of them: N or one, `1 x 64 x 32 after 1024`.
+    """
+    context = "S" in shape
+    sizes = shape | ({"T": shape.get("N", 1)} if context else {})
+    text = " x ".join(str(sizes[letter]) for letter in "BTH" if letter in sizes)
+    return f"{text} after {shape['S']}" if context else text
 
 
 def sort_key(row: Row) -> tuple:

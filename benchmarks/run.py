@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from benchmarks import guard, timing
 from benchmarks.guard import Refused
-from benchmarks.inputs import Inputs, Shape
-from benchmarks.ops import DTYPE, OPS, Op
+from benchmarks.inputs import DTYPE, Inputs, Shape
+from benchmarks.ops import OPS, Op
 from benchmarks.providers import Provider
 from benchmarks.recorder import Recorder
 from benchmarks.results import ROOT, label
@@ -155,9 +155,10 @@ class Bench:
     def write(
         self, op: Op, shape: Shape, name: str, samples: list[float], peak_mb=None, error=None
     ) -> None:
-        package = op.providers[name].package if name in op.providers else None
-        extra = {"peak_mb": peak_mb, "error": error, "package": package}
-        extra |= {"flops": op.flops(shape), "bytes": op.bytes(shape)}
+        provider = op.providers.get(name)
+        extra = {"peak_mb": peak_mb, "error": error, "package": provider and provider.package}
+        extra |= {"flops": ((provider and provider.flops) or op.flops)(shape)}
+        extra |= {"bytes": ((provider and provider.bytes) or op.bytes)(shape)}
         self.recorder.write(op.name, op.mode, name, shape, samples, **extra)
 
     @functools.cached_property

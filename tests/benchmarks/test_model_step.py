@@ -10,10 +10,11 @@ from benchmarks import model_step
 from benchmarks.guard import disagreement
 from benchmarks.ops import OPS
 from benchmarks.providers import reference
+from kimi_linear.info import parameter_counts
 
 CPU = torch.device("cpu")
 TOY = {"B": 2, "T": 70, "L": 4, "D": 32, "H": 2, "K": 16, "E": 12, "F": 16, "R": 16, "vocab": 64}
-OP = next(op for op in OPS if op.name == "model")
+OP = next(op for op in OPS if (op.name, op.mode) == ("model", "train_step"))
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +59,15 @@ def test_flops():
 
 
 def test_bytes(x):
-    weights = sum(t.numel() * 2 for name, t in x.items() if name not in ("ids", "sizes"))
-    assert OP.bytes(TOY) == 2 * weights
+    assert OP.bytes(TOY) == 2 * sum(t.numel() * 2 for t in model_step.weights(x).values())
 
 
 def test_declared_shape():
     """6.4 G parameters in bf16 and their gradients fit on one GPU of 80 GB."""
     (shape,) = OP.shapes
-    config, n = model_step.config(shape), model_step.parameters(shape)
+    config = model_step.config(shape)
     assert config.layer_types == 3 * ["linear_attention"] + ["full_attention"]
     assert config.mlp_layer_types == ["dense"] + 3 * ["sparse"]
     assert (config.intermediate_size, config.qk_head_dim) == (9216, 192)
-    assert n["total"] == pytest.approx(6.4e9, rel=0.02)
+    assert parameter_counts(config)["total"] == pytest.approx(6.4e9, rel=0.02)
     assert OP.flops(shape) / 690e12 == pytest.approx(29e-3, rel=0.05)

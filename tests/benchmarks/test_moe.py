@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import inputs
 from benchmarks import providers as by
 from benchmarks.guard import disagreement
-from benchmarks.ops import DTYPE, OPS
+from benchmarks.inputs import DTYPE
+from benchmarks.ops import OPS
 from benchmarks.providers import forward, reference, train
 
 CPU = torch.device("cpu")

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from benchmarks.ops import DTYPE, OPS
+from benchmarks.inputs import DTYPE
+from benchmarks.ops import OPS
 from benchmarks.results import ROOT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOY = {"B": 64, "T": 20, "H": 2, "K": 64, "V": 64, "W": 4}
-TOY |= {"L": 4, "D": 32, "E": 12, "F": 16, "R": 16, "vocab": 64}
+TOY |= {"L": 4, "D": 32, "E": 12, "F": 16, "R": 16, "vocab": 64, "S": 37, "N": 3}
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: f"{op.name}-{op.mode}")
 
 

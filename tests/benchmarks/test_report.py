@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import plots, report, results
+from benchmarks.ops import OPS
 
 README = """# Title
 <!-- bench:kda -->
@@ -140,6 +141,45 @@ def test_the_experts_of_transformers_are_a_baseline(repository):
         ["decode step", "8 x 1", "0.200", "-", "0.800", "-"],
     ]
     assert "D 2304, E 256, F 1024, ms:" in text
+
+
+def test_whole_models(repository):
+    """Depths that differ have a column; new tokens after a context say after how many."""
+    (train,), (prefill, _), steps, (generate,) = (op.shapes for op in OPS if op.name == "model")
+    short, long, batch = steps[0], steps[0] | {"S": 1048576}, steps[0] | {"B": 32}
+
+    def row(provider, ms, mode, shape):
+        return make_row(provider, ms, op="model", mode=mode, shape=shape, peak_mb=9.0)
+
+    root = repository(
+        row("ours", 50.0, "train_step", train),
+        row("ours", 40.0, "prefill", prefill),
+        row("native", 80.0, "prefill", prefill),
+        row("ours", 2.0, "decode_step", batch),
+        row("ours", 1.6, "decode_step", short),
+        row("native", 64.0, "decode_step", short),
+        row("all_mla", 1.5, "decode_step", short),
+        row("ours", 2.5, "decode_step", long),
+        row("all_mla", 5.0, "decode_step", long),
+        row("floor", 1.13, "decode_step", long),
+        row("ours", 128.0, "generate", generate),
+    )
+    (root / "README.md").write_text(README + "<!-- bench:model -->\n<!-- /bench:model -->\n")
+    text = written(root)
+    names = ["ours", "transformers + fla", "ours, every layer MLA", "floor", "ours / native"]
+    assert table(text) == [
+        ["mode", "L", "B x T x H after S", *names],
+        ["---", "---", "---", *["---:"] * 5],
+        ["forward, loss, backward", "4", "1 x 4096 x 32", "50.0", "-", "-", "-", "-"],
+        ["prompt", "8", "1 x 8192 x 32", "40.0", "80.0", "-", "-", "0.50"],
+        ["decode step", "8", "1 x 1 x 32 after 1024", "1.60", "64.0", "1.50", "-", "0.03"],
+        ["decode step", "8", "1 x 1 x 32 after 1048576", "2.50", "-", "5.00", "1.13", "-"],
+        ["decode step", "8", "32 x 1 x 32 after 1024", "2.00", "-", "-", "-", "-"],
+        ["`generate`, all T tokens", "8", "1 x 64 x 32 after 1024", "128", "-", "-", "-", "-"],
+    ]
+    sizes = "D 2304, K 128, E 256, F 1024, R 512, vocab 163840"
+    assert f"`model` on {H100}, bfloat16, {sizes}, ms:" in text
+    assert "training above the inputs, GB: 1 x 4096 x 32: ours 0.00900. " in text
 
 
 def test_rows_are_ordered_as_declared(repository):

@@ -12,7 +12,7 @@ from benchmarks.ops import OPS
 from benchmarks.providers import Provider, gradient
 
 TOY = {"B": 1, "T": 70, "H": 2, "K": 64, "V": 64, "W": 4}
-TOY |= {"L": 4, "D": 32, "E": 12, "F": 16, "R": 16, "vocab": 64}
+TOY |= {"L": 4, "D": 32, "E": 12, "F": 16, "R": 16, "vocab": 64, "S": 37, "N": 3}
 OURS = ["--provider", "ours", "reference", "floor"]
 NORM = next(op for op in OPS if op.name == "gated_norm")
 RUN_TESTS = guard.run_tests
@@ -146,6 +146,14 @@ def test_an_output_that_is_not_finite_has_no_error(bench, capsys):
     status, rows = bench(providers=providers, timer="error")
     assert status == 1 and set(rows) == {"reference"}
     assert "bad: NOT MEASURED, an output is not finite" in capsys.readouterr().out
+
+
+def test_provider_with_costs_of_its_own(bench):
+    dear = replace(NORM.providers["ours"], flops=lambda s: 7e9 * s["T"], bytes=lambda s: 3e9)
+    rows = bench("--provider", "ours", "dear", providers=NORM.providers | {"dear": dear})[1]
+    assert rows["dear"]["tflops"] * rows["dear"]["ms_p50"] == pytest.approx(7 * 70, rel=1e-3)
+    assert rows["dear"]["gbps"] * rows["dear"]["ms_p50"] == pytest.approx(3e3, rel=1e-3)
+    assert rows["ours"]["gbps"] * rows["ours"]["ms_p50"] < 1
 
 
 def test_rows_are_replaced(bench):
