@@ -12,8 +12,8 @@ into the query and W_v behind the softmax, so that all heads attend to the laten
     q_h k_h^T = [W_k,h^T q_n | q_r] [c | k_r]^T     o_h = W_v,h (softmax(...) c)
 
 which reads R + P numbers per past token for all heads together. It needs more arithmetic per pair
-and
-none per past token: the right form for few queries.
+and none per past token: the right form for few queries, and the one that has a Triton kernel, for
+decoding (mla_decode_triton.py), without a gradient.
 """
 
 import torch
@@ -28,7 +28,7 @@ from kimi_kernels.checks import (
     count_sequences,
     sequence_bounds,
 )
-from kimi_kernels.dispatch import reference_only
+from kimi_kernels.dispatch import reference_only, use_triton
 
 
 def absorbed_is_cheaper(T: int, R: int, P: int, D_n: int, D_v: int) -> bool:
@@ -55,7 +55,8 @@ def _absorbed(q, latent, w_kv, R, scale, mask) -> Tensor:
     q_c = torch.einsum("bthd,hdr->bthr", q[..., :D_n], w_kv[:, :D_n])
     s = torch.einsum("bthr,bsr->bhts", torch.cat((q_c, q[..., D_n:]), -1), latent)
     s = s.to(accumulation_dtype(s.dtype)) * scale
-    p = s.masked_fill(~mask[:, None], -torch.inf).softmax(-1).to(latent.dtype)
+    unseen = ~mask[:, None]
+    p = s.masked_fill(unseen, -torch.inf).softmax(-1).masked_fill(unseen, 0).to(latent.dtype)
     o_c = torch.einsum("bhts,bsr->bthr", p, latent[..., :R])
     return torch.einsum("bthr,hdr->bthd", o_c, w_kv[:, D_n:])
 
@@ -71,14 +72,21 @@ def latent_attention(
 ) -> Tensor:
     """Causal attention of T queries to S latents; few queries take the absorbed form.
 
+    That form has a Triton kernel for what lies between the products with W_k and W_v (scores,
+    softmax and the sum of latents). It runs where no gradient is wanted, reads each latent once
+    for 32 or 64 queries, waits for nothing on the host, and can be captured in a CUDA graph:
+    `latent` may then be longer than any sequence is yet, and `positions` change between replays.
+
     Args:
         q: queries, `[B, T, H, D_n + P]`; bf16, fp16, fp32 or fp64.
-        latent: `[B, S, R + P]`: normalised c, then k_r. Same dtype.
+        latent: `[B, S, R + P]`: normalised c, then k_r. Same dtype. A slice `cache[:, :S]` is not
+            copied. What no query sees counts for nothing, but must be finite.
         w_kv: `kv_b_proj.weight`, `[H * (D_n + D_v), R]`, per head D_n key rows, then D_v value
         rows.
         scale: of the scores; the model uses `(D_n + P) ** -0.5`.
-        positions: index of the last latent that each query sees, `[B, T]` int64. Default: the
-            queries are the last T of S tokens.
+        positions: index of the last latent that each query sees, `[B, T]` int64; a query with a
+            negative one sees none, and its output is 0. Default: the queries are the last T of S
+            tokens.
         cu_seqlens: `[N+1]` int32 or int64, ends of the sequences packed into one row (B = 1, S =
             T); not with `positions`.
 
@@ -86,7 +94,8 @@ def latent_attention(
         `[B, T, H, D_v]` in `q.dtype`. Differentiable in `q`, `latent` and `w_kv`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together, or Triton is forced on what
+            has no kernel.
     """
     if q.ndim != 4 or latent.ndim != 3 or w_kv.ndim != 2:
         shapes = [list(x.shape) for x in (q, latent, w_kv)]
@@ -115,17 +124,26 @@ def latent_attention(
     elif S < T or (cu_seqlens is not None and S != T):
         raise ValueError(f"latent has {S} tokens, want at least the {T} of q, and {T} when packed")
     count_sequences(cu_seqlens, q)
-    reference_only("latent_attention")
 
-    w = w_kv.view(H, per_head, R)
+    w, D_n = w_kv.view(H, per_head, R), D - P
+    decodes = positions is not None or (cu_seqlens is None and S > T)
+    absorbed = decodes and absorbed_is_cheaper(T, R, P, D_n, per_head - D_n)
+    if not absorbed:
+        reference_only("the expanded form of latent_attention")
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, latent, w_kv)):
+        reference_only("the gradient of latent_attention")
+    elif use_triton(q):
+        from kimi_kernels.mla_decode_triton import latent_decode_triton
+
+        return latent_decode_triton(q, latent, w_kv, scale, positions)
+
     if cu_seqlens is not None:
         bounds = sequence_bounds(cu_seqlens, q)
         parts = [_expanded(q[:, a:b], latent[:, a:b], w, R, scale, None) for a, b in bounds]
         return torch.cat(parts, 1)
+    if not decodes:
+        return _expanded(q, latent, w, R, scale, None)
     if positions is None:
-        if S == T:
-            return _expanded(q, latent, w, R, scale, None)
         positions = torch.arange(S - T, S, device=q.device).expand(B, T)
     mask = torch.arange(S, device=q.device) <= positions[..., None]  # [B, T, S]
-    form = _absorbed if absorbed_is_cheaper(T, R, P, D - P, per_head - D + P) else _expanded
-    return form(q, latent, w, R, scale, mask)
+    return (_absorbed if absorbed else _expanded)(q, latent, w, R, scale, mask)

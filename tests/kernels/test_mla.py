@@ -105,6 +105,20 @@ def test_positions(T):
     check(make(T, 9), positions=torch.randint(0, 9, (2, T)))
 
 
+@pytest.mark.parametrize("T", [2, 20])
+def test_a_query_that_sees_nothing(T):
+    """In both forms; it gives no gradient, and the others are as without it."""
+    args, where = make(T, 9), torch.randint(0, 9, (2, T))
+    where[0, 0] = -1
+    do = torch.randn(2, T, 3, 5).double()
+    do[0, 0] = 0
+    got, want = (run(args, do, positions=x) for x in (where, where.clamp(min=0)))
+    assert (got[0][0, 0] == 0).all() and (got[1][0, 0] == 0).all()
+    got[0][0, 0] = want[0][0, 0]
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert_as_good_as(name, a, b, b)
+
+
 def test_positions_of_the_last_tokens_are_the_default():
     args = make(4, 9)
     want = latent_attention(*args, scale=0.4)

@@ -1,0 +1,322 @@
+"""Triton kernels of latent attention for a few new tokens: the absorbed form of mla.py.
+
+    q_c = W_k,h^T q_n        cuBLAS, a product per head
+    decode                   softmax(scale [q_c | q_r] [c | k_r]^T) c over a run of latents: scores,
+                             softmax and output in one pass, which reads a latent once for all heads
+    combine                  merges the runs of a sequence
+    o_h = W_v,h o_c          cuBLAS
+
+Tiles of BN latents, those of all sequences one after the other, are dealt to P programs in runs of
+equal length. The lengths are read on the GPU: no sequence, short or long, leaves a multiprocessor
+idle, the host waits for nothing, and a CUDA graph stays valid when they change. A run ends with its
+program or with its sequence. What program p finds in sequence b goes to slot p + b, which no two
+runs share: from a run to the next, p or b grows. A sequence with one run is finished by `decode`.
+The order of every sum is fixed by the lengths, so two runs are bit-equal.
+
+Scores are [latents, queries] and the output [channels, queries]: of latents and channels there are
+enough for the rows of a product, 64 in a `wgmma`, and a tile of latents is the left operand of both
+products. Softmax is in log2, sums are in fp32. Hopper has a `decode` of its own for the usual
+latents, in mla_decode_gluon.py; the one here takes all, from pointers.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kimi_kernels.dispatch import capability
+from kimi_kernels.triton_math import RCP_LN2, ex2
+
+LOW = tl.constexpr(-1e38)  # maximum of no scores; finite, so that no difference is nan
+SEQUENCES = 1024  # whose lengths a program looks at together
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def count_visible(positions, i_b, m_b, i_m, T, S, H: tl.constexpr, BM: tl.constexpr):
+    """Latents of sequence(s) i_b that block i_m of their queries sees, 0..S; 0 where not m_b."""
+    n = i_b * 0
+    for t in range(i_m * BM // H, tl.minimum((i_m * BM + BM - 1) // H, T - 1) + 1):
+        if positions is None:
+            seen = S - T + t + 1
+        else:
+            seen = tl.load(positions + i_b.to(tl.int64) * T + t, mask=m_b, other=-1) + 1
+            seen = tl.maximum(tl.minimum(seen, S), 0).to(tl.int32)
+        n = tl.maximum(n, seen)
+    return tl.where(m_b, n, 0)
+
+
+@triton.jit
+def find_run(
+    positions, o_s, i_p, i_m, B, T, S, P, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Of program i_p: first and last+1 tile, their sequence, its first tile; tiles per program.
+
+    o_s: 0, 1, .., the sequences looked at together, in any layout: Gluon calls this too.
+    """
+    BB: tl.constexpr = o_s.shape[0]
+    tiles = 0
+    for b in range(0, B, BB):
+        o_b = b + o_s
+        n = count_visible(positions, o_b, o_b < B, i_m, T, S, H, BM)
+        tiles += tl.sum((n + BN - 1) // BN, 0)
+    share = (tiles + P - 1) // P
+    first = i_p * share
+    i_b, start, end = 0, 0, 0
+    for b in range(0, B, BB):
+        o_b = b + o_s
+        n = count_visible(positions, o_b, o_b < B, i_m, T, S, H, BM)
+        n = (n + BN - 1) // BN
+        m = (end + tl.cumsum(n, 0) <= first) & (o_b < B)  # they end before it
+        i_b += tl.sum(m.to(tl.int32), 0)
+        start += tl.sum(tl.where(m, n, 0), 0)
+        end += tl.sum(n, 0)
+    return first, tl.minimum(first + share, tiles), i_b, start, share
+
+
+@triton.jit(do_not_specialize=["B", "T", "S", "P", "rows"])
+def latent_decode_kernel(
+    q_c, q, latent, positions, o, part, weight, runs,
+    B, T, S, P, scale, rows,
+    H: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr, s_t: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, BB: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Block i_m, BM of the T H queries of each sequence, on run i_p of the latents it sees.
+
+    q_c, o [H, B, T, R]; q [B, T, H, D], k_r's part last; latent: `rows` rows of s_t per sequence.
+    Of run p + b: part [P+B-1, T, H, R], sum of 2^(s - maximum) c; weight [P+B-1, T, H, 2], maximum
+    and sum of 2^(s - maximum). runs [B, blocks, 2]: first slot and number of a sequence.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    blocks = tl.cdiv(T * H, BM)
+    i_m, i_p = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    lo, hi, i_b, start, share = find_run(
+        positions, tl.arange(0, BB), i_p, i_m, B, T, S, P, H, BM, BN
+    )
+    o_n, o_r, o_l = tl.arange(0, BN), tl.arange(0, BR), tl.arange(0, BL)
+    o_m = i_m * BM + tl.arange(0, BM)
+    i_h, i_t = o_m % H, o_m // H
+    m_m, m_r, m_l = o_m < T * H, o_r < R, o_l < L - R
+    while lo < hi:  # a run in sequence i_b, whose first tile is `start`
+        n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
+        end = start + (n + BN - 1) // BN
+        stop = tl.minimum(end, hi)
+        p_c = latent + (i_b.to(tl.int64) * rows + (lo - start) * BN) * s_t
+        token = i_b.to(tl.int64) * T + i_t
+        if positions is None:
+            last = S - T + i_t
+        else:
+            last = tl.load(positions + token, mask=m_m, other=-1)
+            last = tl.maximum(tl.minimum(last, S - 1), -1).to(tl.int32)
+        last = tl.where(m_m, last, -1)
+        p_q = (i_h.to(tl.int64) * B * T + token) * R  # in q_c and o
+        b_q = tl.load(q_c + p_q[:, None] + o_r, mask=m_m[:, None] & m_r, other=0.0)  # [BM, BR]
+        if L > R:
+            p_r = q + (token * H + i_h) * D + (D - (L - R))
+            b_qr = tl.load(p_r[:, None] + o_l, mask=m_m[:, None] & m_l, other=0.0)  # [BM, BL]
+        b_o = tl.zeros([BR, BM], tl.float32)
+        b_m, b_w = tl.full([BM], LOW, tl.float32), tl.zeros([BN, BM], tl.float32)
+        for i in range(lo - start, stop - start):
+            o_i, p_i = i * BN + o_n, p_c + (o_n * s_t)[:, None]
+            m_i = o_i[:, None] < n
+            b_c = tl.load(p_i + o_r, mask=m_i & m_r, other=0.0)  # [BN, BR]
+            b_s = tl.dot(b_c, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+            if L > R:
+                b_r = tl.load(p_i + (R + o_l), mask=m_i & m_l, other=0.0)  # [BN, BL]
+                b_s = tl.dot(b_r, tl.trans(b_qr), b_s, input_precision="ieee")
+            b_s = tl.where(o_i[:, None] <= last[None, :], b_s * (scale * RCP_LN2), -float("inf"))
+            b_x = tl.maximum(b_m, tl.max(b_s, 0))
+            b_p, b_d = ex2(b_s - b_x[None, :]), ex2(b_m - b_x)
+            b_w = b_w * b_d[None, :] + b_p  # summed over the latents at the end
+            b_p = b_p.to(b_c.dtype)
+            b_o = tl.dot(tl.trans(b_c), b_p, b_o * b_d[None, :], input_precision="ieee")
+            b_m, p_c = b_x, p_c + BN * s_t
+        b_z = tl.sum(b_w, 0)
+        m_o = m_m[None, :] & m_r[:, None]
+        if (lo == start) & (stop == end):
+            b_o *= (1 / tl.where(b_z > 0, b_z, 1.0))[None, :]
+            tl.store(o + p_q[None, :] + o_r[:, None], b_o.to(o.dtype.element_ty), mask=m_o)
+        else:
+            slot = (i_p + i_b).to(tl.int64) * T * H + o_m
+            tl.store(part + slot[None, :] * R + o_r[:, None], b_o, mask=m_o)
+            tl.store(weight + slot * 2, b_m, mask=m_m)
+            tl.store(weight + slot * 2 + 1, b_z, mask=m_m)
+        if lo == start:
+            p_runs = runs + (i_b.to(tl.int64) * blocks + i_m) * 2
+            tl.store(p_runs, i_p + i_b)
+            tl.store(p_runs + 1, (end - 1) // share - i_p + 1)
+        i_b, start, lo = i_b + 1, end, stop
+
+
+@triton.jit(do_not_specialize=["B", "T", "S"])
+def latent_combine_kernel(
+    part, weight, runs, positions, o,
+    B, T, S,
+    H: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BR channels of one query: the weighted mean of its runs; zeros if its block sees nothing."""
+    i_b, i_q = tl.program_id(0) // (T * H), tl.program_id(0) % (T * H)
+    blocks, i_m = tl.cdiv(T * H, BM), i_q // BM
+    o_s, o_r = tl.arange(0, BS), tl.program_id(1) * BR + tl.arange(0, BR)
+    m_r = o_r < R
+    n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # `decode` has written everything from here on
+    p_runs = runs + (i_b.to(tl.int64) * blocks + i_m) * 2
+    first, number = tl.load(p_runs), tl.where(n > 0, tl.load(p_runs + 1), 0)
+    if number != 1:
+        b_m = tl.full([BS], LOW, tl.float32)
+        for s in range(0, number, BS):
+            slot = (first + s + o_s).to(tl.int64) * T * H + i_q
+            b_m = tl.maximum(b_m, tl.load(weight + slot * 2, mask=s + o_s < number, other=LOW))
+        top = tl.max(b_m, 0)
+        b_o, b_z = tl.zeros([BR], tl.float32), tl.zeros([BS], tl.float32)
+        for s in range(0, number, BS):
+            m_s = s + o_s < number
+            slot = (first + s + o_s).to(tl.int64) * T * H + i_q
+            b_d = ex2(tl.load(weight + slot * 2, mask=m_s, other=LOW) - top)
+            b_z += b_d * tl.load(weight + slot * 2 + 1, mask=m_s, other=0.0)
+            b_p = tl.load(part + slot[:, None] * R + o_r, mask=m_s[:, None] & m_r, other=0.0)
+            b_o += tl.sum(b_d[:, None] * b_p, 0)
+        z = tl.sum(b_z, 0)
+        b_o = b_o / tl.where(z > 0, z, 1.0)
+        p_o = o + (((i_q % H).to(tl.int64) * B + i_b) * T + i_q // H) * R
+        tl.store(p_o + o_r, b_o.to(o.dtype.element_ty), mask=m_r)
+
+
+# ---- launchers ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory for one program."""
+    if device.type != "cuda":
+        return 132, 227 * 1024
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return found["multiprocessor_count"], found["max_shared_mem"]
+
+
+@functools.cache
+def pick_tiles(queries: int, R: int, P: int, itemsize: int, shared: int) -> dict[str, int]:
+    """Tiles for so many queries per sequence, of which a stage less than `num_stages` is stored.
+
+    Not measured, but compiled for sm_80, 90, 100 and 120: at R = 512, P = 64 they take up to 80
+    bytes of stack per thread, 64 latents or four warps 500 to 2000; fp32 products on tensor cores
+    (tf32x3) 10000, so those are exact.
+
+    Raises:
+        ValueError: not even the smallest tiles fit into `shared` bytes.
+    """
+    BR, BL = (max(16, triton.next_power_of_2(x)) for x in (R, P))
+    BM = 32 if itemsize == 2 and queries > 16 and BR <= 512 else 16
+    for BN in (32, 16) if itemsize == 2 else (16,):
+        for stages in (3, 2):
+            stored = itemsize * (BR + BL) * (BM + (stages - 1) * BN)
+            if stored + 16 * BR + 2048 <= shared:  # and what threads exchange
+                size = {"BM": BM, "BN": BN, "BR": BR, "BL": BL}
+                return size | {"num_stages": stages, "num_warps": 8}
+    raise ValueError(f"latent has {R} + {P} channels, too many for {shared} bytes of shared memory")
+
+
+@functools.cache
+def count_programs(blocks: int, tiles: int, processors: int) -> int:
+    """Runs P for each of `blocks` blocks, at most `tiles`: the fewest that finish soonest."""
+    most = min(tiles, processors // blocks + 3)
+    return min(range(1, most + 1), key=lambda P: triton.cdiv(P * blocks, processors) / P)
+
+
+def cache_rows(latent: Tensor) -> tuple[Tensor, int, int]:
+    """`latent` [B, S, L] with unit stride in L, its stride per token, and tokens per sequence.
+
+    A slice of a longer cache stays where it is; other layouts are copied.
+    """
+    B, S, L = latent.shape
+    s_b, s_t, s_l = latent.stride()
+    if (s_l != 1 and L > 1) or s_t < L or (B > 1 and s_b % s_t):
+        latent, s_b, s_t = latent.clone(memory_format=torch.contiguous_format), S * L, L
+    return latent, s_t, s_b // s_t if B > 1 else S
+
+
+def latent_decode_fwd(
+    q: Tensor, latent: Tensor, w_kv: Tensor, scale: float, positions: Tensor | None
+) -> Tensor:
+    """Arguments of `latent_attention` -> o [B, T, H, D_v]. A query that sees nothing gets zeros."""
+    from kimi_kernels import mla_decode_gluon  # not above: it imports from this module
+
+    (B, T, H, D), S, (_, R) = q.shape, latent.shape[1], w_kv.shape
+    w = w_kv.view(H, -1, R)
+    L, D_n = latent.shape[2], D - (latent.shape[2] - R)
+    o = q.new_empty(B * T, H, w.shape[1] - D_n)
+    if o.numel() == 0 or S == 0:
+        return o.zero_().unflatten(0, (B, T))
+    q = q.contiguous()
+    q_c = torch.bmm(q[..., :D_n].flatten(0, 1).transpose(0, 1), w[:, :D_n])  # [H, B T, R]
+    latent, s_t, rows = cache_rows(latent)
+    positions = None if positions is None else positions.contiguous()
+    processors, shared = device_limits(q.device)
+    gluon = mla_decode_gluon.takes(latent, s_t, rows, R)
+    if gluon:
+        size = mla_decode_gluon.pick_tiles(T * H, R, L - R)
+    else:
+        size = pick_tiles(T * H, R, L - R, q.element_size(), shared)
+    BM, BN = size["BM"], size["BN"]
+    blocks = triton.cdiv(T * H, BM)
+    P = count_programs(blocks, min(B * triton.cdiv(S, BN), processors), processors)
+
+    o_c = torch.empty_like(q_c)
+    part = torch.empty(P + B - 1, T, H, R, dtype=torch.float32, device=q.device)
+    weight = torch.empty(P + B - 1, T, H, 2, dtype=torch.float32, device=q.device)
+    runs = torch.empty(B, blocks, 2, dtype=torch.int32, device=q.device)
+    overlap = capability(q.device) >= (9, 0)
+    args = (positions, o_c, part, weight, runs, B, T, S, P, float(scale))
+    BB = min(SEQUENCES, max(32, triton.next_power_of_2(B)))  # at least 32: one binary for few
+    constants: dict[str, Any] = size | {"H": H, "R": R, "L": L, "D": D, "BB": BB}
+    if gluon:
+        tiles = mla_decode_gluon.describe_tiles(latent, s_t, rows, R, BN)
+        mla_decode_gluon.latent_decode_gluon[(blocks * P,)](
+            q_c, q, *tiles, *args, OVERLAP=overlap, **constants
+        )
+    else:
+        latent_decode_kernel[(blocks * P,)](
+            q_c, q, latent, *args, rows, s_t=s_t, OVERLAP=overlap, **constants
+        )
+    BC = min(128, triton.next_power_of_2(R))
+    latent_combine_kernel[(B * T * H, triton.cdiv(R, BC))](
+        part, weight, runs, positions, o_c, B, T, S,
+        H=H, R=R, BM=BM, BS=32, BR=BC, OVERLAP=overlap,
+        num_warps=4, **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
+    torch.bmm(o_c, w[:, D_n:].mT, out=o.transpose(0, 1))
+    return o.unflatten(0, (B, T))
+
+
+# ---- operators ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("kimi_kernels::latent_decode", mutates_args=())
+def latent_decode_op(
+    q: Tensor, latent: Tensor, w_kv: Tensor, scale: float, positions: Tensor | None
+) -> Tensor:
+    """See `latent_decode_fwd`; without a gradient."""
+    return latent_decode_fwd(q, latent, w_kv, scale, positions)
+
+
+@latent_decode_op.register_fake
+def _(q, latent, w_kv, scale, positions):
+    D_n = q.shape[3] - (latent.shape[2] - w_kv.shape[1])
+    return q.new_empty(*q.shape[:3], w_kv.shape[0] // q.shape[2] - D_n)
+
+
+def latent_decode_triton(
+    q: Tensor, latent: Tensor, w_kv: Tensor, scale: float, positions: Tensor | None
+) -> Tensor:
+    """`latent_decode_op` for a compiler, otherwise `latent_decode_fwd`."""
+    call = latent_decode_op if torch.compiler.is_compiling() else latent_decode_fwd
+    return call(q, latent, w_kv, scale, positions)
