@@ -201,6 +201,38 @@ def test_decode_sizes(T, D, F, dtype, decoded):
     assert decoded
 
 
+def make_shared(F, dtype=torch.float32, D=40):
+    """gate, up and down of a shared expert."""
+    shapes = (F, D), (F, D), (D, F)
+    return [(torch.randn(*s, device=DEVICE) * s[1] ** -0.5).to(dtype) for s in shapes]
+
+
+@each_dtype
+@pytest.mark.parametrize("F_s", [24, 72, 10])
+@pytest.mark.parametrize("T, k", [(1, 8), (3, 2), (40, 4)])
+def test_shared_expert(T, k, F_s, dtype, decoded):
+    """In the launches of the others where few tokens have one or several of their width."""
+    args, shared, found = make(T, 9, k=k, dtype=dtype), make_shared(F_s, dtype), []
+    for name, cast in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        *floats, index, weights = (t.to(cast) if t.is_floating_point() else t for t in args)
+        with backend(name):
+            found.append(expert_mlp(*floats, index, weights, [w.to(cast) for w in shared]))
+    assert_as_good_as("y", *found, dtype)
+    assert bool(decoded) == (T * k <= 64 and F_s % 24 == 0)
+
+
+def test_gradients_of_a_shared_expert():
+    x, gate_up, down, index, weights = make(6, 9)
+    shared, grads = make_shared(24), []
+    for name in ("triton", "reference"):
+        leaves = [w.clone().requires_grad_() for w in shared]
+        with backend(name):
+            expert_mlp(x, gate_up, down, index, weights, tuple(leaves)).sum().backward()
+        grads.append([w.grad for w in leaves])
+    for a, b in zip(*grads, strict=True):
+        assert_as_good_as("dw", a, b, b)
+
+
 def test_decode_of_experts_elsewhere(decoded):
     args = make(3, 6, index=torch.full((3, 2), 6))
     assert not run("triton", args)[0].any() and decoded

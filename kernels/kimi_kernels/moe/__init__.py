@@ -72,8 +72,15 @@ def route(
     return route_triton(*args)
 
 
-def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The routed experts' SwiGLU and their weighted sum.
+def expert_mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The routed experts' SwiGLU and their weighted sum, and a shared expert's if it is given.
 
     Args:
         x: tokens, `[T, D]`; bf16, fp16, fp32 or fp64.
@@ -82,9 +89,12 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights:
         index: experts of each token, `[T, k]` int64. An index of E or more contributes nothing (how
             expert-parallel plans mark experts of other ranks).
         weights: `[T, k]`, any float dtype; the sum is taken in fp32 or better and rounded once.
+        shared: gate and up `[F_s, D]` and down `[D, F_s]` of an expert that every token goes to,
+            with weight 1; same dtype. Decoding makes it in the launches of the others; else it is
+            two matrix products of its own, rounded before they are added.
 
     Returns:
-        `[T, D]` in `x.dtype`. Differentiable in `x`, `gate_up`, `down` and `weights`.
+        `[T, D]` in `x.dtype`. Differentiable in all of them but `index`.
 
     Raises:
         ValueError: a wrong shape, dtype or device.
@@ -106,8 +116,13 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights:
     check_float("weights", weights, x)
     for name, w in (("gate_up", gate_up), ("down", down)):
         check_like(name, w, "x", x)
+    if shared is not None:
+        shape = shared[0].shape[0], D
+        for i, (w, want) in enumerate(zip(shared, (shape, shape, shape[::-1]), strict=True)):
+            check_shape(f"shared[{i}]", w, *want)
+            check_like(f"shared[{i}]", w, "x", x)
     if not use_triton(x):
-        return expert_mlp_ref(x, gate_up, down, index, weights)
+        return expert_mlp_ref(x, gate_up, down, index, weights, shared)
     from kimi_kernels.moe.autograd import expert_mlp_triton
 
-    return expert_mlp_triton(x, gate_up, down, index, weights)
+    return expert_mlp_triton(x, gate_up, down, index, weights, shared)

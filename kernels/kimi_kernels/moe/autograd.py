@@ -7,20 +7,30 @@ from kimi_kernels.moe.experts_bwd_triton import expert_mlp_bwd
 from kimi_kernels.moe.experts_triton import expert_mlp_fwd
 from kimi_kernels.moe.grouped_gemm import row_tile
 from kimi_kernels.moe.plan_triton import Plan, max_tiles
+from kimi_kernels.moe.reference import shared_mlp
 from kimi_kernels.operators import wants_gradient
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def expert_mlp_triton(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
     """`expert_mlp_fwd`, differentiable; an operator only for a compiler, as it costs host time."""
     args = (x, gate_up, down, index, weights)
-    save = wants_gradient(*args)
+    save = wants_gradient(*args, *(shared or ()))
     if torch.compiler.is_compiling():
-        return expert_mlp_op(*args, save)[0]
-    return Experts.apply(*args, save)[0] if save else expert_mlp_fwd(*args)[0]
+        y = expert_mlp_op(*args, save)[0]
+    elif save:
+        y = Experts.apply(*args, save)[0]
+    else:
+        return expert_mlp_fwd(*args, shared=shared)[0]
+    return y if shared is None else y + shared_mlp(x, *shared)
 
 
 @torch.library.custom_op("kimi_kernels::expert_mlp", mutates_args=())

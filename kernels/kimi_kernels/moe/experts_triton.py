@@ -8,6 +8,7 @@ from torch import Tensor
 from kimi_kernels.moe.decode_triton import DECODE_SLOTS, decode_experts
 from kimi_kernels.moe.grouped_gemm import Tile, accumulate, row_tile, rows_product
 from kimi_kernels.moe.plan_triton import Plan, plan_slots
+from kimi_kernels.moe.reference import shared_mlp
 from kimi_kernels.triton_math import sigmoid
 
 # ---- kernels -----------------------------------------------------------------------------------
@@ -117,7 +118,13 @@ def combine(y: Tensor, plan: Plan, weights: Tensor | None, T: int) -> Tensor:
 
 
 def expert_mlp_fwd(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor, save: bool = False
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    save: bool = False,
+    shared: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Plan]:
     """y [T, D], and for the backward pass if `save`: gate | up [S, 2F] by row, and the plan.
 
@@ -126,12 +133,17 @@ def expert_mlp_fwd(
     x, gate_up, down, index, weights = (t.contiguous() for t in (x, gate_up, down, index, weights))
     (T, D), (E, F2, _), (S, top_k) = x.shape, gate_up.shape, (index.numel(), index.shape[1])
     nothing = Plan(*(index.new_empty(n, dtype=torch.int32) for n in ((0,), (0,), (0,), (3, 0))))
-    if 0 in (S, D, E, F2):
-        return x.new_zeros(T, D), x.new_empty(0, F2), nothing
-    if S <= DECODE_SLOTS and not save:
-        return decode_experts(x, gate_up, down, index, weights), x.new_empty(0, F2), nothing
-    tile = row_tile(S, E, x.dtype, x.device)
-    plan = plan_slots(index, E, tile.BM)
-    h, gu = hidden_rows(x, gate_up, plan, tile, top_k, save)
-    y = combine(rows_product(h, down, plan, tile), plan, weights, T)
+    some, whole = 0 not in (S, D, E, F2), shared is None or 2 * len(shared[0]) % max(F2, 1) == 0
+    if some and S <= DECODE_SLOTS and not save and whole:
+        shared = None if shared is None else tuple(w.contiguous() for w in shared)
+        y = decode_experts(x, gate_up, down, index, weights, shared)
+        return y, x.new_empty(0, F2), nothing
+    y, gu, plan = x.new_zeros(T, D), x.new_empty(0, F2), nothing
+    if some:
+        tile = row_tile(S, E, x.dtype, x.device)
+        plan = plan_slots(index, E, tile.BM)
+        h, gu = hidden_rows(x, gate_up, plan, tile, top_k, save)
+        y = combine(rows_product(h, down, plan, tile), plan, weights, T)
+    if shared is not None:
+        y += shared_mlp(x, *shared)
     return y, gu, plan if save else nothing

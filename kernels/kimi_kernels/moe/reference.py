@@ -34,8 +34,18 @@ def route_ref(
     return weights * scale, index
 
 
+def shared_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """[T, D] -> the same: a SwiGLU that every token goes through."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
 def expert_mlp_ref(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
     """[T, D]; arguments as `expert_mlp`. Waits for a GPU, to cut the rows into experts."""
     (T, D), E, k = x.shape, gate_up.shape[0], index.shape[1]
@@ -52,4 +62,5 @@ def expert_mlp_ref(
     parts.append(rows.new_zeros(T * k - start, D))  # slots of other ranks' experts
     y = torch.cat(parts)[order.argsort()].view(T, k, D)
     acc = accumulation_dtype(x.dtype)
-    return (y.to(acc) * weights.to(acc)[..., None]).sum(1).to(x.dtype)
+    y = (y.to(acc) * weights.to(acc)[..., None]).sum(1).to(x.dtype)
+    return y if shared is None else y + shared_mlp(x, *shared)
