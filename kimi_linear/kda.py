@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from kimi_kernels import causal_conv, fused_kda, gated_rms_norm, kda_step
 from kimi_linear.cache import KDALayerCache, KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.layout import TokenLayout
-
-STEP_TOKENS = 8  # new tokens that go through the decode step, one after the other
+from kimi_linear.layout import DECODE_TOKENS, TokenLayout
+from kimi_linear.linear import is_bare, project
 
 
 class ShortConvolution(nn.Conv1d):
@@ -83,9 +82,19 @@ class KimiDeltaAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout, cache: KimiLinearCache | None) -> Tensor:
         """x [b, t, D] as `layout.pack` left it -> the same shape."""
-        xs = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        f, A_log, dt_bias = self.forget_gate(x)
-        b, gate = self.b_proj(x), self.g_b_proj(self.g_a_proj(x)).unflatten(-1, self.heads)
+        forget = self.forget_gate
+        if is_bare(forget):
+            *xs, f, g, b = project(
+                x, self.q_proj, self.k_proj, self.v_proj,
+                forget.f_a_proj, self.g_a_proj, self.b_proj,
+            )  # fmt: skip
+            f, g = project((f, g), forget.f_b_proj, self.g_b_proj)
+            f, A_log, dt_bias = f.unflatten(-1, self.heads), forget.A_log.flatten(), forget.dt_bias
+        else:
+            xs = project(x, self.q_proj, self.k_proj, self.v_proj)
+            f, A_log, dt_bias = forget(x)
+            b, g = self.b_proj(x), self.g_b_proj(self.g_a_proj(x))
+        gate = g.unflatten(-1, self.heads)
         layer = None if cache is None else cast(KDALayerCache, cache.layers[self.layer_idx])
         if layer is not None and self._steps(x, layout, layer):
             conv_state, S = layer.writable_states()
@@ -109,7 +118,7 @@ class KimiDeltaAttention(nn.Module):
 
     def _steps(self, x: Tensor, layout: TokenLayout, layer: KDALayerCache) -> bool:
         """Whether these tokens are decoded: few, after others, unpadded, without a gradient."""
-        few = x.shape[1] <= STEP_TOKENS and layout.cu_seqlens is None
+        few = x.shape[1] <= DECODE_TOKENS and layout.cu_seqlens is None
         offloaded = hasattr(self.conv1d, "_hf_hook") or hasattr(self.o_norm, "_hf_hook")
         plain = not (torch.is_grad_enabled() or offloaded)
         return few and plain and layer.states()[1] is not None

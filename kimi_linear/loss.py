@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from kimi_kernels.dispatch import use_triton
+from kimi_linear.linear import is_bare
 
 LIGER = "0.8.5"  # or later; earlier ones have another signature
 try:
@@ -26,7 +27,6 @@ except metadata.PackageNotFoundError:
 # chunks of 512, 35 of 1024, 30 of 2048, 28 of 4096, and 2.3, 2.3, 2.3 and 2.9 GB; 41 ms and 16 GB
 # from logits.
 CHUNK = 4096
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def skips_logits(
@@ -64,7 +64,7 @@ def why_not_fused(model: Any, labels: Tensor | None, logits_to_keep: int | Tenso
     head = model.lm_head
     if type(head) is not nn.Linear or head.bias is not None:
         return f"lm_head is a {type(head).__name__}, want a torch.nn.Linear without bias"
-    if "forward" in vars(head) or any(getattr(head, name) for name in HOOKS):
+    if not is_bare(head):
         return "lm_head has hooks or a forward of its own"
     weight, shape = head.weight, [model.config.vocab_size, model.config.hidden_size]
     if type(weight) not in (Tensor, nn.Parameter):

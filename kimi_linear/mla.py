@@ -9,6 +9,7 @@ from kimi_kernels import latent_attention
 from kimi_linear.cache import KimiLinearCache, LatentLayerCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layout import TokenLayout
+from kimi_linear.linear import project
 from kimi_linear.norm import KimiLinearRMSNorm
 
 LATENT_NORM_EPS = (
@@ -47,12 +48,12 @@ class KimiLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout, cache: KimiLinearCache | None) -> Tensor:
         """x [b, t, D] as `layout.pack` left it -> the same shape."""
-        if self.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
+        q, c = project(x, first, self.kv_a_proj_with_mqa)
+        if self.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (-1, self.head_dim))
-        c, k_r = self.kv_a_proj_with_mqa(x).split((self.latent_rank, self.rope_dim), -1)
+        c, k_r = c.split((self.latent_rank, self.rope_dim), -1)
         latent = torch.cat((self.kv_a_layernorm(c).to(k_r.dtype), k_r), -1)
         w_kv, cu = linear_weight(self.kv_b_proj, latent, self.latent_rank), layout.cu_seqlens
         if cache is not None:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kimi_kernels import expert_mlp, route
+from kimi_kernels import expert_mlp, fused_linears, route
 from kimi_kernels.moe import RENORM_EPS
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.linear import are_plain, decodes, is_bare, project
 
 
 class KimiLinearMLP(nn.Module):
@@ -22,7 +23,8 @@ class KimiLinearMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class KimiLinearTopkRouter(nn.Module):
@@ -57,7 +59,10 @@ class KimiLinearTopkRouter(nn.Module):
         w = self.weight
         half = x.dtype == w.dtype and x.dtype in (torch.bfloat16, torch.float16)
         eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if half and x.is_cuda and eager:
+        plain = half and x.is_cuda and eager and type(w) in (Tensor, nn.Parameter)
+        if plain and decodes(x):
+            return fused_linears([x], [w], torch.float32)[0]
+        if plain:
             return torch.mm(x, w.mT, out_dtype=torch.float32)  # exact products, as below
         acc = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(acc), w.to(acc))
@@ -84,13 +89,19 @@ class KimiLinearExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Argument order and names as transformers' expert-parallel plans expect them."""
         device, dtype = hidden_states.device.type, hidden_states.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         x, gate_up, down = (t.to(dtype) for t in (hidden_states, self.gate_up_proj, self.down_proj))
-        return expert_mlp(x, gate_up, down, top_k_index, top_k_weights)
+        return expert_mlp(x, gate_up, down, top_k_index, top_k_weights, shared)
 
 
 class KimiLinearMoE(nn.Module):
@@ -107,8 +118,19 @@ class KimiLinearMoE(nn.Module):
         """x [b, t, D] -> the same shape, and the router logits [b t, E]."""
         flat = x.flatten(0, -2)
         logits, weights, index = self.gate(flat)
+        shared = self.shared_experts
+        if shared is not None and self._fuses(flat, shared):
+            linears = shared.gate_proj, shared.up_proj, shared.down_proj
+            y = self.experts(flat, index, weights, tuple(m.weight for m in linears))
+            return y.view_as(x), logits
         y = self.experts(flat, index, weights).view_as(x)
-        return (y if self.shared_experts is None else y + self.shared_experts(x)), logits
+        return (y if shared is None else y + shared(x)), logits
+
+    def _fuses(self, x: Tensor, shared: KimiLinearMLP) -> bool:
+        """Whether the shared expert can be decoded with the others: these are all here."""
+        here = self.experts.num_experts == self.gate.num_experts and is_bare(self.experts)
+        linears = shared.gate_proj, shared.up_proj, shared.down_proj
+        return here and decodes(x) and is_bare(shared) and are_plain(linears, x)
 
 
 def sequence_balance_loss(logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: int) -> Tensor:
