@@ -16,9 +16,23 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.decode import DecodeGraphs
 from kimi_linear.layout import TokenLayout
 
 GROWTH = 1.5  # of a full latent buffer; every token is then copied O(1) times
+
+
+def _writable(x: Tensor) -> bool:
+    """Whether x may be changed in place here."""
+    return torch.is_inference_mode_enabled() or not x.is_inference()
+
+
+def _stored(old: Tensor | None, new: Tensor) -> Tensor:
+    """`new`, in the memory of `old` where that can be: a CUDA graph holds its address."""
+    if old is None or torch.is_grad_enabled() or not _writable(old):
+        return new.detach()
+    same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return old.copy_(new) if same and old.is_contiguous() else new.detach()
 
 
 class KDALayerCache(LinearAttentionCacheLayerMixin):
@@ -34,13 +48,14 @@ class KDALayerCache(LinearAttentionCacheLayerMixin):
             self.update_recurrent_state(recurrent_states, state_idx)
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0) -> Tensor:
-        self.conv_states[state_idx] = conv_states.detach()
+        self.conv_states[state_idx] = _stored(self.conv_states[state_idx], conv_states)
         self.is_conv_states_initialized[state_idx] = True
         self.device, self.dtype = conv_states.device, conv_states.dtype
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0) -> Tensor:
-        self.recurrent_states[state_idx] = recurrent_states.detach()
+        old = self.recurrent_states[state_idx]
+        self.recurrent_states[state_idx] = _stored(old, recurrent_states)
         self.is_recurrent_states_initialized[state_idx] = True
         self.has_previous_state[state_idx] = True
         return recurrent_states
@@ -64,9 +79,7 @@ class KDALayerCache(LinearAttentionCacheLayerMixin):
         """The same, after the first token, to be advanced in place."""
         for states in (self.conv_states, self.recurrent_states):
             x = cast(Tensor, states[0])
-            if not x.is_contiguous() or (
-                x.is_inference() and not torch.is_inference_mode_enabled()
-            ):
+            if not x.is_contiguous() or not _writable(x):
                 states[0] = x.clone(memory_format=torch.contiguous_format)
         return cast(Tensor, self.conv_states[0]), cast(Tensor, self.recurrent_states[0])
 
@@ -74,7 +87,7 @@ class KDALayerCache(LinearAttentionCacheLayerMixin):
         """Make row i a copy of the old row `index[i]`."""
         for states in (self.conv_states, self.recurrent_states):
             if (x := states[0]) is not None:
-                states[0] = x.index_select(0, index.to(x.device))
+                states[0] = _stored(x, x.index_select(0, index.to(x.device)))
 
     def reset(self) -> None:
         super().__init__()  # dropped, not zeroed: a snapshot may hold the tensors
@@ -86,6 +99,8 @@ class LatentLayerCache(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0  # columns in use; rows with padding use fewer
+        self.planned = 0  # capacity to begin with
+        self.shared = False  # whether a snapshot has these latents too
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states, value_states  # transformers' names; values stays empty
@@ -100,18 +115,21 @@ class LatentLayerCache(CacheLayerMixin):
                 raise ValueError(
                     f"past_key_values holds {old.dtype} latents, the new ones are {like.dtype}"
                 )
-            writable = torch.is_inference_mode_enabled() or not old.is_inference()
-            if capacity <= old.shape[1] and writable:
+            if capacity <= old.shape[1] and _writable(old):
                 return old
             capacity = max(capacity, int(old.shape[1] * GROWTH))
-        new = like.new_zeros(batch, capacity, like.shape[-1])
+        new = like.new_zeros(batch, max(capacity, self.planned), like.shape[-1])
         if old is not None:
             new[:, : self.length] = old[:, : self.length]
         self.lazy_initialization(new, new.new_empty(batch, 0))
+        self.shared = False
         return new
 
     def update(self, key_states: Tensor, layout: TokenLayout) -> Tensor:
-        """Store new latents `[b, t, R+P]`, as `layout` has them, and return all, `[B, S, R+P]`."""
+        """Store new latents `[b, t, R+P]`, as `layout` has them, and return all, `[B, S, R+P]`.
+
+        Or the whole buffer, if the layout is static. `length` counts them when the forward is done.
+        """
         B, T = layout.shape
         with torch.no_grad():
             start, end = self.length, self.length + T
@@ -120,7 +138,8 @@ class LatentLayerCache(CacheLayerMixin):
                 buffer[:, start:end] = key_states
             else:
                 buffer[layout.slots] = key_states.flatten(0, 1)
-            self.length = end
+        if layout.static:
+            return buffer
         if not torch.is_grad_enabled():
             return buffer[:, :end]
         # gradients reach the new latents, and stop at the cached ones
@@ -139,20 +158,26 @@ class LatentLayerCache(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = None
-        self.is_initialized, self.length = False, 0
+        self.is_initialized, self.length, self.shared = False, 0, False
 
     def snapshot(self) -> Self:
         """A copy that shares the latents, and would move on the first token after these."""
         layer = copy.copy(self)
         if layer.keys is not None:
             layer.keys = layer.keys[:, : layer.length]  # what follows may be another snapshot's
+            layer.shared = self.shared = True
         return layer
 
     def select_rows(self, index: Tensor) -> None:
         """Make row i a copy of the old row `index[i]`."""
-        if self.keys is not None:
-            keys = self.keys.index_select(0, index.to(self.keys.device))
-            self.lazy_initialization(keys, keys.new_empty(len(index), 0))
+        if self.keys is None:
+            return
+        rows = self.keys[:, : self.length].index_select(0, index.to(self.keys.device))
+        if len(index) == len(self.keys) and not self.shared and _writable(self.keys):
+            self.keys[:, : self.length] = rows
+        else:
+            capacity, self.keys = self.keys.shape[1], None
+            self.reserve(rows, len(index), capacity)[:, : self.length] = rows
 
 
 class Snapshot(NamedTuple):
@@ -181,6 +206,7 @@ class KimiLinearCache(Cache):
         self.signature = self._signature(config)
         self.seen = 0
         self.lengths: Tensor | None = None  # [B] int64 once a row had padding; None: all are `seen`
+        self.graphs: DecodeGraphs | None = None  # `generate` captures its steps in them
 
     @staticmethod
     def _signature(config: KimiLinearConfig) -> dict:
@@ -214,10 +240,38 @@ class KimiLinearCache(Cache):
         """Columns seen, padding included."""
         return self.seen
 
-    def advance(self, layout: TokenLayout) -> None:
-        """Count the tokens of a finished forward."""
-        self.seen += layout.shape[1]
-        self.lengths = layout.lengths
+    def advance(self, T: int, lengths: Tensor | None) -> None:
+        """Count the T columns of a finished forward, after which rows have `lengths` tokens."""
+        self.seen, self.lengths = self.seen + T, lengths
+        for layer in self.layers:
+            if isinstance(layer, LatentLayerCache):
+                layer.length = self.seen
+
+    def plan(self, capacity: int) -> None:
+        """Make room for so many tokens per row with the first ones, so that nothing moves later."""
+        for layer in self.layers:
+            if isinstance(layer, LatentLayerCache):
+                layer.planned = capacity
+
+    def reserve(self, T: int) -> None:
+        """Make room for T more columns now."""
+        for layer in self.layers:
+            if isinstance(layer, LatentLayerCache) and layer.keys is not None:
+                layer.reserve(layer.keys, len(layer.keys), self.seen + T)
+
+    def tensors(self) -> list[Tensor]:
+        """What a decode step reads and writes, by layer; after the first token."""
+        found: list[Tensor] = []
+        for layer in self.layers:
+            if isinstance(layer, LatentLayerCache):
+                found.append(cast(Tensor, layer.keys))
+            else:
+                found.extend(layer.writable_states())
+        return found
+
+    def __getstate__(self) -> dict:
+        """A copy has tensors of its own, and graphs of its own."""
+        return self.__dict__ | {"graphs": None}
 
     def reset(self) -> None:
         super().reset()

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kimi_kernels.checks import count_sequences, sequence_bounds
 
+DECODE_TOKENS = 8  # new tokens up to which a forward after others is a decode step
+
 
 @dataclass
 class TokenLayout:
@@ -27,6 +29,7 @@ class TokenLayout:
         None  # [B, T] last latent each query sees; None: the usual causal order
     )
     lengths: Tensor | None = None  # [B] tokens per row after this forward; None: the same for all
+    static: bool = False  # MLA attends to the whole latent buffer, whatever it is filled to
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> what the layers work on: itself, or one row `[1, n, ...]`."""
@@ -53,6 +56,7 @@ def plan_tokens(
     seq_idx: Tensor | None,
     past: int,
     past_lengths: Tensor | None,
+    static: bool = False,
 ) -> TokenLayout:
     """Check everything that says what the tokens of `x` [B, T, ...] are, and lay them out.
 
@@ -63,6 +67,7 @@ def plan_tokens(
         cu_seqlens: `[N+1]`, ends of the documents of one row; goes before `position_ids`.
         seq_idx: `[B, T]` (or `[1, T]`), number of the document of each token; likewise.
         past: columns in the cache; past_lengths: tokens per row, None if no row had padding.
+        static: lay out a few tokens after others by `decode_layout`.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -101,6 +106,9 @@ def plan_tokens(
     if layout.packed:
         return layout
 
+    if real is None and static and past and T <= DECODE_TOKENS:
+        start = torch.full((B,), past, device=device) if past_lengths is None else past_lengths
+        return decode_layout(B, T, start, ragged)
     if real is None and not ragged:
         return layout
     real = torch.ones(B, T, dtype=torch.bool, device=device) if real is None else real
@@ -111,6 +119,18 @@ def plan_tokens(
     layout.positions = order.clamp(min=0) if past else None
     layout.lengths = start + real.sum(1)
     return layout
+
+
+def decode_layout(B: int, T: int, start: Tensor, ragged: bool) -> TokenLayout:
+    """Of T tokens, none of them padding, after `start` [B] in each row.
+
+    Everything is a function of `start` on its device, so that a CUDA graph can hold it.
+    """
+    positions = start[:, None] + torch.arange(T, device=start.device)
+    rows = torch.arange(B, device=start.device)[:, None].expand(B, T)
+    slots = rows.flatten(), positions.flatten()
+    lengths = start + T if ragged else None
+    return TokenLayout((B, T), slots=slots, positions=positions, lengths=lengths, static=True)
 
 
 def _ends(counts: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from kimi_kernels.dispatch import use_triton
 from kimi_linear.cache import KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.decode import decode_graphs
 from kimi_linear.kda import ForgetGate, GatedRMSNorm, KimiDeltaAttention
-from kimi_linear.layout import TokenLayout, plan_tokens
+from kimi_linear.layout import DECODE_TOKENS, TokenLayout, plan_tokens
 from kimi_linear.loss import fused_loss, skips_logits
 from kimi_linear.mla import KimiLatentAttention
 from kimi_linear.moe import (
@@ -199,7 +201,8 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
                 "past_key_values or use_cache: gradient checkpointing cannot fill a cache"
             )
         past, lengths = (0, None) if cache is None else (cache.seen, cache.lengths)
-        layout = plan_tokens(x, attention_mask, position_ids, *packing, past, lengths)
+        static = not torch.is_grad_enabled() and use_triton(self.embed_tokens.weight)
+        layout = plan_tokens(x, attention_mask, position_ids, *packing, past, lengths, static)
         if layout.packed and (cache is not None or use_cache):
             raise ValueError("past_key_values or use_cache: packed documents cannot fill a cache")
         if use_cache is None:
@@ -224,7 +227,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
                 logits += (layout.unpack(router_logits[None]).flatten(0, -2),)
         x = layout.unpack(self.norm(x))
         if cache is not None:
-            cache.advance(layout)
+            cache.advance(layout.shape[1], layout.lengths)
         if states is not None:  # as transformers has it: the last one is after the norm
             states = (*(layout.unpack(s) for s in states[:-1]), x)
         aux_loss = None
@@ -304,6 +307,15 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         x = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and x is not None and labels.shape != x.shape[:2]:
             raise ValueError(f"labels has shape {list(labels.shape)}, want {list(x.shape[:2])}")
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens)
+        others += (output_hidden_states, output_router_logits, skip_logits, *kwargs.values())
+        if all(x is None or x is False for x in others):
+            logits = self._captured_step(input_ids, past_key_values)
+            if logits is not None:
+                return MoeCausalLMOutputWithPast(
+                    logits=logits[:, keep], past_key_values=past_key_values
+                )
         skip = skips_logits(self, skip_logits, labels, logits_to_keep)
         loss_kwargs = {k: kwargs.pop(k) for k in LOSS_KEYS if k in kwargs}
         outputs = self.model(
@@ -319,7 +331,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         x, loss = outputs.last_hidden_state, None
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None if skip else self.lm_head(x[:, keep])
         if labels is not None:
             if skip:
@@ -337,18 +348,56 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
+    def _captured_step(self, ids: Tensor | None, cache: KimiLinearCache | None) -> Tensor | None:
+        """Logits by a CUDA graph, where `generate` decodes with one."""
+        if ids is None or not isinstance(cache, KimiLinearCache) or cache.graphs is None:
+            return None
+        few = ids.ndim == 2 and 0 < ids.shape[1] <= DECODE_TOKENS and cache.seen > 0
+        asked = self.config.output_hidden_states or self.config.output_router_logits
+        if not few or asked or self.training or torch.is_grad_enabled():
+            return None
+        cache.check(self.config, ids.shape[0])
+        return cache.graphs.step(ids, cache)
+
+    def prepare_inputs_for_generation(  # transformers looks at the arguments' names
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False,
+        **kwargs,
+    ):  # fmt: skip
+        """After the first forward the mask says nothing that the cache does not know."""
+        parent: Any = super()
+        inputs = parent.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        cache = inputs.get("past_key_values")
+        if not is_first_iteration and isinstance(cache, KimiLinearCache) and cache.seen:
+            inputs["attention_mask"] = inputs["position_ids"] = None
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
         """`generate` gets a KimiLinearCache instead of transformers' DynamicCache."""
         cache, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation is {kind!r}, want None: see KimiLinearCache")
         if cache is not None and generation_config.use_cache is False:
             raise ValueError("use_cache is False, but past_key_values is given: want one of them")
-        if cache is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
-        elif cache is not None:
+        if cache is None:
+            if generation_config.use_cache is False:
+                return
+            cache = model_kwargs["past_key_values"] = KimiLinearCache(self.config)
+        else:
             parent: Any = super()
-            parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            parent._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if isinstance(cache, KimiLinearCache) and self.device.type == "cuda":
+            cache.plan(max_cache_length)
+            cache.graphs = decode_graphs(self, cache.graphs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """Refuse what transformers would cut out of the wrong end of the sequence.

@@ -199,6 +199,7 @@ def test_latents_grow_by_a_factor(has_padding):
         if has_padding:
             layout.slots = torch.arange(2), torch.tensor([t, t])
         layer.update(torch.full((2, 1, 3), float(t)), layout)
+        layer.length += 1
         if not addresses or layer.keys.data_ptr() != addresses[-1]:
             addresses.append(layer.keys.data_ptr())
             copied += t

@@ -1,0 +1,115 @@
+"""A decode step of the whole model as one CUDA graph.
+
+Launching the kernels of a step takes the host longer than running them takes the GPU. `generate`
+attaches `DecodeGraphs` to its cache. Of some number of tokens the first step runs as usual, which
+compiles its kernels; the second is captured; those after it are one launch each. A graph holds
+addresses, so it is captured again when a tensor of the cache has moved: after growth or a restore.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kimi_kernels.dispatch import use_triton
+from kimi_linear.layout import decode_layout
+
+if TYPE_CHECKING:
+    from kimi_linear.cache import KimiLinearCache
+    from kimi_linear.modeling_kimi_linear import KimiLinearForCausalLM
+
+
+def why_not_captured(model: KimiLinearForCausalLM) -> str | None:
+    """What keeps a decode step of the model out of a CUDA graph, or None."""
+    if not use_triton(model.model.embed_tokens.weight):
+        return "its kernels do not run: they are in PyTorch"
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"{name or 'the model'} has a hook of accelerate (several devices, offloading)"
+    for name, p in model.named_parameters():
+        if type(p) not in (Tensor, nn.Parameter):
+            return f"{name} is a {type(p).__name__}, want a plain tensor"
+    return None
+
+
+@dataclass
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor  # [B, T], read by the graph
+    start: Tensor  # [B] tokens of each row in the cache, read and advanced by it
+    logits: Tensor  # [B, T, V], written by it
+    fixed: list[Tensor]  # tensors of the cache that it reads and writes
+    seen: int = -1  # by the cache after its last replay
+
+
+class DecodeGraphs:
+    """The graphs of one model on one cache, by the shape of the new tokens."""
+
+    def __init__(self, model: KimiLinearForCausalLM) -> None:
+        self.model = model
+        self.parameters = self._addresses(model)
+        self.graphs: dict[torch.Size, _Graph | None] = {}  # None: has run, is captured next
+        self.failed = False
+
+    @staticmethod
+    def _addresses(model: KimiLinearForCausalLM) -> list[int]:
+        return [p.data_ptr() for p in model.parameters()]
+
+    def fit(self, model: KimiLinearForCausalLM) -> bool:
+        """Whether they are of this model, and its parameters are where they were."""
+        return model is self.model and self._addresses(model) == self.parameters
+
+    def step(self, ids: Tensor, cache: KimiLinearCache) -> Tensor | None:
+        """Logits [B, T, V] after ids [B, T], the cache advanced; None where there is no graph."""
+        if self.failed or ids.shape not in self.graphs:
+            self.graphs[ids.shape] = None
+            return None
+        cache.reserve(ids.shape[1])
+        fixed, found = cache.tensors(), self.graphs[ids.shape]
+        if found is None or any(a is not b for a, b in zip(fixed, found.fixed, strict=True)):
+            try:
+                found = self.graphs[ids.shape] = self._capture(ids, cache, fixed)
+            except RuntimeError as error:
+                warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=2)
+                self.failed = True
+                return None
+        if found.seen != cache.seen:  # something else has advanced the cache
+            start = cache.lengths
+            found.start.fill_(cache.seen) if start is None else found.start.copy_(start)
+        found.ids.copy_(ids)
+        found.graph.replay()
+        T = ids.shape[1]
+        cache.advance(T, None if cache.lengths is None else cache.lengths + T)
+        found.seen = cache.seen
+        return found.logits.clone()
+
+    def _run(self, ids: Tensor, start: Tensor, cache: KimiLinearCache) -> Tensor:
+        """What a graph holds: logits [B, T, V] after ids [B, T], and `start` [B] advanced by T."""
+        decoder, (B, T) = self.model.model, ids.shape
+        x, layout = decoder.embed_tokens(ids), decode_layout(B, T, start, ragged=False)
+        for layer in decoder.layers:
+            x, _ = layer(x, layout, past_key_values=cache)
+        start.add_(T)
+        return self.model.lm_head(decoder.norm(x))
+
+    def _capture(self, ids: Tensor, cache: KimiLinearCache, fixed: list[Tensor]) -> _Graph:
+        ids, graph = ids.clone(), torch.cuda.CUDAGraph()
+        start = torch.empty(ids.shape[0], dtype=torch.int64, device=ids.device)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = self._run(ids, start, cache)
+        return _Graph(graph, ids, start, logits, fixed)
+
+
+def decode_graphs(model: KimiLinearForCausalLM, graphs: DecodeGraphs | None) -> DecodeGraphs | None:
+    """`graphs` if they still fit the model, or new ones, or None with a warning that says why."""
+    if graphs is not None and graphs.fit(model):
+        return graphs
+    reason = why_not_captured(model)
+    if reason is None:
+        return DecodeGraphs(model)
+    warnings.warn(f"decoding without a CUDA graph: {reason}", stacklevel=2)
+    return None
