@@ -27,7 +27,7 @@ PUBLIC = {
         initial_state: Tensor | None = None, output_final_state: bool = False,
         cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor | None]""",
     "fused_linears": """(xs: Sequence[Tensor], weights: Sequence[Tensor],
-        dtype: torch.dtype | None = None) -> tuple[Tensor, ...]""",
+        dtype: dtype | None = None) -> tuple[Tensor, ...]""",
     "gated_rms_norm": "(x: Tensor, g: Tensor, w: Tensor, eps: float = 1e-05) -> Tensor",
     "kda_gate": """(f: Tensor, A_log: Tensor, dt_bias: Tensor,
         lower_bound: float | None = None) -> Tensor""",
