@@ -83,7 +83,7 @@ class KimiDeltaAttention(nn.Module):
     def forward(self, x: Tensor, layout: TokenLayout, cache: KimiLinearCache | None) -> Tensor:
         """x [b, t, D] as `layout.pack` left it -> the same shape."""
         forget = self.forget_gate
-        if is_bare(forget):
+        if type(forget) is ForgetGate and is_bare(forget):
             *xs, f, g, b = project(
                 x, self.q_proj, self.k_proj, self.v_proj,
                 forget.f_a_proj, self.g_a_proj, self.b_proj,

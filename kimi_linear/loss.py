@@ -132,7 +132,7 @@ def fused_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         accum_dtype=torch.float32,
-        chunk_mem_const=max(1, CHUNK * V // max(1, len(x) * D)),  # its chunks: this D / V of x
+        chunk_mem_const=max(1, -(-CHUNK * V // max(1, len(x) * D))),  # its chunks: this D / V of x
     )
     count = counted.sum()
     items = count if num_items_in_batch is None else num_items_in_batch

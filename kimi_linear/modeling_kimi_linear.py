@@ -33,6 +33,8 @@ from kimi_linear.weights import check_checkpoint, check_placement, in_memory, re
 
 # what transformers' flattening collators add to say that a row is packed
 PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# tokens of a prompt that go through the layers at once; at the released widths they take 94 KB each
+PIECE = 65536
 LOSS_KEYS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
@@ -210,11 +212,15 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         if use_cache and cache is None:
             cache = KimiLinearCache(self.config)
 
+        want_states = _asked(output_hidden_states, self.config.output_hidden_states)
+        want_logits = _asked(output_router_logits, self.config.output_router_logits)
+        long = math.prod(x.shape[:2]) > PIECE and not (layout.packed or torch.is_grad_enabled())
+        if long and cache is not None and not (want_states or want_logits):
+            return self._in_pieces(x, attention_mask, cache)
+
         x = layout.pack(self.embed_tokens(x) if inputs_embeds is None else x)
-        states: Any = (
-            (x,) if _asked(output_hidden_states, self.config.output_hidden_states) else None
-        )
-        logits: Any = () if _asked(output_router_logits, self.config.output_router_logits) else None
+        states: Any = (x,) if want_states else None
+        logits: Any = () if want_logits else None
         balanced = self.training and self.config.router_aux_loss_coef > 0
         routed: list[Tensor] = []  # for the auxiliary loss: real tokens only
         for layer in self.layers:
@@ -244,6 +250,23 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             router_logits=logits,
             aux_loss=aux_loss,
         )
+
+    def _in_pieces(
+        self, x: Tensor, mask: Tensor | None, cache: KimiLinearCache
+    ) -> KimiLinearModelOutput:
+        """A long prompt, ids or embeddings: some columns after the others, through the cache."""
+        (B, T), past, hidden = x.shape[:2], cache.seen, []
+        for t in range(0, T, max(1, PIECE // B)):
+            part = x[:, t : t + max(1, PIECE // B)]
+            outputs = self(
+                **{"inputs_embeds" if x.is_floating_point() else "input_ids": part},
+                attention_mask=None if mask is None else mask[:, : past + t + part.shape[1]],
+                past_key_values=cache,
+                output_hidden_states=False,
+                output_router_logits=False,
+            )
+            hidden.append(outputs.last_hidden_state)
+        return KimiLinearModelOutput(torch.cat(hidden, 1), past_key_values=cache)
 
 
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):

@@ -16,9 +16,12 @@ and none per past token: the right form for few queries, and the one that has a 
 decoding (mla_decode_triton.py), without a gradient.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from kimi_kernels.checks import (
     accumulation_dtype,
@@ -30,32 +33,67 @@ from kimi_kernels.checks import (
 )
 from kimi_kernels.dispatch import reference_only, use_triton
 
+AT_ONCE = 2**30  # numbers of expanded keys and values, or of a mask
+
 
 def absorbed_is_cheaper(T: int, R: int, P: int, D_n: int, D_v: int) -> bool:
     """Compare multiplications per past token and head: T queries absorbed against expanded."""
     return R * (D_n + D_v) + T * (D_n + P + D_v) > T * (R + P + R)
 
 
-def _expanded(q, latent, w_kv, R, scale, mask) -> Tensor:
-    """q [B, T, H, D_n+P], latent [B, S, R+P], w_kv [H, D_n+D_v, R], mask [B, T, S] or causal."""
-    H, P = q.shape[2], latent.shape[-1] - R
-    D_n = q.shape[-1] - P
-    kv = torch.einsum("bsr,hdr->bhsd", latent[..., :R], w_kv)
-    k_r = latent[:, None, :, R:].expand(-1, H, -1, -1)
-    k, v = torch.cat((kv[..., :D_n], k_r), -1), kv[..., D_n:]
-    mask = None if mask is None else mask[:, None]
-    return F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, scale=scale
-    ).transpose(1, 2)
+def _visible(positions: Tensor, S: int) -> Tensor:
+    """[B, T] -> [B, T, S]: which latents each query sees."""
+    return torch.arange(S, device=positions.device) <= positions[..., None]
 
 
-def _absorbed(q, latent, w_kv, R, scale, mask) -> Tensor:
-    """As `_expanded`, with a mask always."""
+def _expanded(q, latent, w_kv, R, scale, positions) -> Tensor:
+    """q [B, T, H, D_n+P], latent [B, S, R+P], w_kv [H, D_n+D_v, R], positions [B, T].
+
+    Without positions the queries are the last T of S tokens. Where keys and values of all heads
+    would be too many numbers at once, some heads go after the others; where the mask that positions
+    make would, some queries.
+    """
+    (B, T, H, D), S = q.shape, latent.shape[1]
+    D_n = D - (latent.shape[2] - R)
+    heads = max(1, AT_ONCE // max(1, B * S * (D + w_kv.shape[1])))
+    queries = max(1, T if positions is None else AT_ONCE // max(1, B * S))
+    parts = []
+    for h in range(0, H, heads):
+        kv = torch.einsum("bsr,hdr->bhsd", latent[..., :R], w_kv[h : h + heads])
+        k_r = latent[:, None, :, R:].expand(-1, kv.shape[1], -1, -1)
+        k, v = torch.cat((kv[..., :D_n], k_r), -1), kv[..., D_n:]
+        q_h = q[:, :, h : h + heads].transpose(1, 2)
+        blocks = []
+        for t in range(0, max(T, 1), queries):
+            mask: Any = None
+            if positions is not None:
+                mask = _visible(positions[:, t : t + queries], S)[:, None]
+            elif S > T:
+                mask = _last_queries(T, S, q)
+            block = q_h[:, :, t : t + queries]
+            blocks.append(
+                F.scaled_dot_product_attention(
+                    block, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+                )
+            )
+        parts.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
+
+
+def _last_queries(T: int, S: int, q: Tensor) -> Any:
+    """A mask for T queries that are the last of S tokens; no tensor, except for a compiler."""
+    if torch.compiler.is_compiling():
+        return torch.arange(S, device=q.device) <= torch.arange(S - T, S, device=q.device)[:, None]
+    return causal_lower_right(T, S)
+
+
+def _absorbed(q, latent, w_kv, R, scale, positions) -> Tensor:
+    """As `_expanded`, with positions always."""
     D_n = q.shape[-1] - (latent.shape[-1] - R)
     q_c = torch.einsum("bthd,hdr->bthr", q[..., :D_n], w_kv[:, :D_n])
     s = torch.einsum("bthr,bsr->bhts", torch.cat((q_c, q[..., D_n:]), -1), latent)
     s = s.to(accumulation_dtype(s.dtype)) * scale
-    unseen = ~mask[:, None]
+    unseen = ~_visible(positions, latent.shape[1])[:, None]
     p = s.masked_fill(unseen, -torch.inf).softmax(-1).masked_fill(unseen, 0).to(latent.dtype)
     o_c = torch.einsum("bhts,bsr->bthr", p, latent[..., :R])
     return torch.einsum("bthr,hdr->bthd", o_c, w_kv[:, D_n:])
@@ -141,9 +179,8 @@ def latent_attention(
         bounds = sequence_bounds(cu_seqlens, q)
         parts = [_expanded(q[:, a:b], latent[:, a:b], w, R, scale, None) for a, b in bounds]
         return torch.cat(parts, 1)
-    if not decodes:
-        return _expanded(q, latent, w, R, scale, None)
+    if not absorbed:
+        return _expanded(q, latent, w, R, scale, positions)
     if positions is None:
         positions = torch.arange(S - T, S, device=q.device).expand(B, T)
-    mask = torch.arange(S, device=q.device) <= positions[..., None]  # [B, T, S]
-    return (_absorbed if absorbed else _expanded)(q, latent, w, R, scale, mask)
+    return _absorbed(q, latent, w, R, scale, positions)

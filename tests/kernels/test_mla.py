@@ -67,9 +67,8 @@ def form(inner):
     """One of the two forms, behind the arguments of the public function."""
 
     def op(q, latent, w_kv, *, scale, positions):
-        mask = torch.arange(latent.shape[1]) <= positions[..., None]
         w = w_kv.view(q.shape[2], -1, w_kv.shape[1])
-        return inner(q, latent, w, w_kv.shape[1], scale, mask)
+        return inner(q, latent, w, w_kv.shape[1], scale, positions)
 
     return op
 
@@ -97,6 +96,16 @@ def test_one_token_gets_its_own_value():
 @pytest.mark.parametrize("T, S", [(6, 6), (2, 6)])
 def test_shapes(change, T, S):
     check(make(T, S, **(SIZES | change)))
+
+
+@pytest.mark.parametrize("most", [1, 60, 200, 10**4])
+@pytest.mark.parametrize("T, S", [(20, 20), (20, 33)])
+def test_expanded_in_parts(T, S, most, monkeypatch):
+    """A few heads, and with positions a few queries at a time."""
+    monkeypatch.setattr(mla, "AT_ONCE", most)
+    args = make(T, S)
+    check(args)
+    check(args, positions=torch.randint(0, S, (2, T)))
 
 
 @pytest.mark.parametrize("T", [1, 3, 20])

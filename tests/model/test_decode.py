@@ -229,3 +229,55 @@ def test_what_cannot_be_captured(model, monkeypatch):
         assert decode_graphs(model, None) is None
     monkeypatch.setattr(decode, "use_triton", lambda x: False)
     assert "in PyTorch" in why_not_captured(model)
+
+
+# ---- long prompts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("embeds", [False, True])
+def test_prompt_in_pieces(monkeypatch, padded, embeds):
+    """Of 2 rows, after others, one of which begins with more padding than a piece has columns."""
+    model, ids = build(CONFIG).double(), random_ids(CONFIG, 2, 60)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :25], mask[1, 40] = 0, 0
+    given = {"input_ids": ids[:, 7:]}
+    if embeds:
+        given = {"inputs_embeds": model.model.embed_tokens(ids[:, 7:]).detach()}
+    found = []
+    for piece in (modeling.PIECE, 18):
+        monkeypatch.setattr(modeling, "PIECE", piece)
+        cache = KimiLinearCache(CONFIG)
+        with torch.no_grad():
+            model(ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+            out = model(**given, attention_mask=mask, past_key_values=cache)
+            after = model(ids[:, :1], past_key_values=cache).logits
+        assert out.past_key_values is cache and cache.seen == 61
+        found.append((out.logits, after))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert_as_good_as("logits", got, want, want)
+
+
+def test_pieces_only_where_a_cache_is_filled_and_nothing_else_is_asked(monkeypatch):
+    model, ids = build(CONFIG), random_ids(CONFIG, 1, 40)
+    calls = []
+    forward = model.model.layers[0].forward
+    monkeypatch.setattr(
+        model.model.layers[0], "forward", lambda x, *a, **k: calls.append(1) or forward(x, *a, **k)
+    )
+    monkeypatch.setattr(modeling, "PIECE", 16)
+    for options, pieces in (
+        ({}, 3),
+        ({"use_cache": False}, 1),
+        ({"output_hidden_states": True}, 1),
+        ({"position_ids": torch.arange(40)[None]}, 3),
+        ({"position_ids": torch.arange(40)[None] % 20}, 1),
+    ):
+        calls.clear()
+        with torch.no_grad():
+            model(ids, **options)
+        assert len(calls) == pieces, options
+    calls.clear()
+    model(ids, labels=ids)
+    assert len(calls) == 1

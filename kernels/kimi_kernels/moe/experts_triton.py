@@ -138,12 +138,13 @@ def expert_mlp_fwd(
         shared = None if shared is None else tuple(w.contiguous() for w in shared)
         y = decode_experts(x, gate_up, down, index, weights, shared)
         return y, x.new_empty(0, F2), nothing
-    y, gu, plan = x.new_zeros(T, D), x.new_empty(0, F2), nothing
     if some:
         tile = row_tile(S, E, x.dtype, x.device)
         plan = plan_slots(index, E, tile.BM)
         h, gu = hidden_rows(x, gate_up, plan, tile, top_k, save)
         y = combine(rows_product(h, down, plan, tile), plan, weights, T)
+    else:
+        y, gu, plan = x.new_zeros(T, D), x.new_empty(0, F2), nothing
     if shared is not None:
         y += shared_mlp(x, *shared)
     return y, gu, plan if save else nothing
