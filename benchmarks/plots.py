@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.results import Row, slug
 
-Curves = dict[str, list[list[float]]]  # provider -> [size, ns per token], ascending
+Curves = dict[str, list[list[float]]]  # provider -> [size, time per token], ascending
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Plot:
         x: the letter, and `x_label` what it is.
         at: the letters that stay fixed, and their sizes.
         tokens: letters whose product is the number of tokens of a call.
+        unit: of the time.
     """
 
     name: str
@@ -33,11 +34,23 @@ class Plot:
     at: dict[str, int]
     tokens: str
     title: str
+    unit: Literal["ns", "ms"] = "ns"
 
 
 PLOTS = (
     Plot("kda_forward", "kda", "forward", "T", "tokens", {"B": 1, "H": 32}, "BT", "KDA, forward"),
     Plot("kda_step", "kda_step", "decode", "B", "sequences", {"H": 32}, "B", "KDA, decode step"),
+    Plot(
+        "model_decode",
+        "model",
+        "decode_step",
+        "S",
+        "tokens of context",
+        {"B": 1, "L": 8},
+        "B",
+        "decode step of 8 layers",
+        "ms",
+    ),
 )
 
 
@@ -51,7 +64,8 @@ def curves(plot: Plot, rows: Iterable[Row]) -> Curves:
             tokens = 1
             for letter in plot.tokens:
                 tokens *= shape[letter]
-            point = [shape[plot.x], float(f"{1e6 * row['ms_p50'] / tokens:.4g}")]
+            time = row["ms_p50"] * (1e6 if plot.unit == "ns" else 1) / tokens
+            point = [shape[plot.x], float(f"{time:.4g}")]
             found.setdefault(row["provider"], []).append(point)
     longest = max(map(len, found.values()), default=0)
     # ours first: it has the same colour in every plot
@@ -109,7 +123,7 @@ def draw(drawing: Drawing, labels: dict[str, str]) -> None:
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         title = f"{drawing.plot.title}, {drawing.gpu}"
-        axes.set(title=title, xlabel=drawing.plot.x_label, ylabel="ns per token")
+        axes.set(title=title, xlabel=drawing.plot.x_label, ylabel=f"{drawing.plot.unit} per token")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         drawing.path.parent.mkdir(parents=True, exist_ok=True)
