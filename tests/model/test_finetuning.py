@@ -1,4 +1,4 @@
-"""Fine-tuning: Trainer, PEFT, and one model on two processes."""
+"""Fine-tuning: PEFT, and one model on two processes."""
 
 import copy
 from pathlib import Path
@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from kimi_linear import KimiLinearForCausalLM
 from tests.helpers import FLOOR, rel_err
@@ -32,101 +30,6 @@ def gradients(model: torch.nn.Module, ids: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-# Trainer
-
-
-def texts(config, rows: int = 8) -> list[dict[str, list[int]]]:
-    return [{"input_ids": random_ids(config, 9 + i, seed=i).tolist()} for i in range(rows)]
-
-
-def train(model, folder: Path, steps: int, resume: Path | None = None, **options) -> Trainer:
-    """A few optimizer steps on packed documents, the way transformers packs them."""
-    options = {"save_strategy": "steps", "save_steps": 2} | options
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **options,
-    )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=texts(model.config),
-        eval_dataset=texts(model.config, 2),
-        data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=True),
-    )
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return trainer
-
-
-def test_trainer_saves_the_released_layout(tmp_path, model):
-    before = copy.deepcopy(model.state_dict())
-    trainer = train(model, tmp_path, 2, gradient_checkpointing=True)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 2 and all(0 < float(loss) < 10 for loss in losses)
-    trainer.save_model(str(tmp_path / "final"))
-    names = load_file(tmp_path / "final" / "model.safetensors").keys()
-    assert names == load_file(tmp_path / "checkpoint-2" / "model.safetensors").keys()
-    for name in ("experts.7.w2.weight", "gate.e_score_correction_bias"):
-        assert f"model.layers.1.block_sparse_moe.{name}" in names
-    assert {"model.layers.0.self_attn.k_conv1d.weight", "model.layers.0.self_attn.A_log"} <= names
-    loaded = KimiLinearForCausalLM.from_pretrained(tmp_path / "final").state_dict()
-    for name, x in model.state_dict().items():
-        assert torch.equal(loaded[name], x), name
-        frozen = name.endswith("e_score_correction_bias")  # a buffer: no optimizer moves it
-        assert torch.equal(x, before[name]) == frozen, name
-
-
-@pytest.mark.parametrize("shards", [False, True])
-def test_trainer_resumes_where_it_was(shards, tmp_path, model):
-    twin = copy.deepcopy(model)
-    straight = train(model, tmp_path / "a", 4)
-    middle = tmp_path / "a" / "checkpoint-2"
-    if shards:
-        half = KimiLinearForCausalLM.from_pretrained(middle)
-        (middle / "model.safetensors").unlink()
-        half.save_pretrained(middle, max_shard_size="150KB")  # experts of a layer in several files
-        assert len(list(middle.glob("model-*.safetensors"))) > 2
-    train(twin, tmp_path / "b", 4, resume=middle)
-    for (name, x), y in zip(twin.named_parameters(), straight.model.parameters(), strict=True):
-        assert torch.equal(x, y), name
-
-
-def test_trainer_goes_back_to_the_best_model(tmp_path, model):
-    options = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 2}
-    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    trainer = train(model, tmp_path, 4, greater_is_better=True, **options)  # the loss falls, so:
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    best = KimiLinearForCausalLM.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
-    assert all(torch.equal(x, best[name]) for name, x in model.state_dict().items())
-
-
-def test_released_names_in_load_state_dict(tmp_path, model, ids):
-    model.save_pretrained(tmp_path)
-    state, want = load_file(tmp_path / "model.safetensors"), model(ids).logits
-    fresh = KimiLinearForCausalLM(model.config).eval()
-    result = fresh.load_state_dict(state)
-    assert not result.missing_keys and not result.unexpected_keys
-    assert torch.equal(fresh(ids).logits, want)
-    name = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
-    for wrong in (state[name][:5], state[name][:1]):  # one row would broadcast
-        with pytest.raises(ValueError, match=rf"{name} has shape .* want \[24, 48\]"):
-            fresh.load_state_dict(state | {name: wrong})
-    native = native_twin(model)
-    native.save_pretrained(tmp_path / "native")  # with its own name for the dense layer
-    fresh = KimiLinearForCausalLM(model.config).eval()
-    fresh.load_state_dict(load_file(tmp_path / "native" / "model.safetensors"))
-    assert torch.equal(fresh(ids).logits, want)
-    fresh.load_state_dict(native.state_dict())  # names in memory, as ever
-    assert torch.equal(fresh(ids).logits, want)
 
 
 # PEFT
