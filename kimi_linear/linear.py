@@ -1,6 +1,7 @@
 """Linear layers that may be adapted, quantized, offloaded or split, and those that are plain."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,5 +40,6 @@ def project(xs: Tensor | Sequence[Tensor], *modules: nn.Module) -> tuple[Tensor,
     """Every module on its x, or all on the same: in one launch where few tokens are decoded."""
     xs = [xs] * len(modules) if isinstance(xs, Tensor) else xs
     if decodes(xs[0]) and are_plain(modules, xs[0]):
-        return fused_linears(xs, [m.weight for m in modules])
+        weights: Any = [m.weight for m in modules]
+        return fused_linears(xs, weights)
     return tuple(m(x) for m, x in zip(modules, xs, strict=True))

@@ -8,7 +8,7 @@ the order of the rows.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -218,7 +218,8 @@ def weights_product(
     meta = {"M": M, "N": N, "GATHER_A": gather_a, "GATHER_B": gather_b}
     args = a, b, plan.order, plan.offsets, dw
     if weights_gluon.takes(a, b):
-        weights_gluon.weights_gluon_kernel[(multiprocessors(a.device),)](*args, E=E, **meta)
+        kernel: Any = weights_gluon.weights_gluon_kernel
+        kernel[(multiprocessors(a.device),)](*args, E=E, **meta)
         return dw
     tile = WEIGHT_TILE_FP32 if a.dtype == torch.float32 else WEIGHT_TILE
     programs = E * triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)

@@ -96,7 +96,8 @@ def multiply(
             mbarrier.wait(full.index(s), (i // STAGES) & 1)
             b_a, b_b = a_s.index(s * 2 + HALF).permute((1, 0)), b_s.index(s)
             acc = warpgroup_mma(b_a, b_b, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc, b_a, b_b))[0]  # of the step before
+            done = warpgroup_mma_wait(1, deps=(acc, b_a, b_b))  # the step before
+            acc = done[0]  # pyright: ignore[reportIndexIssue]
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=k > first)
             i += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
