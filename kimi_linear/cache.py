@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.decode import DecodeGraphs
 from kimi_linear.layout import TokenLayout
+from kimi_linear.rollback import Rollback
 
 GROWTH = 1.5  # of a full latent buffer; every token is then copied O(1) times
 
@@ -156,6 +157,12 @@ class LatentLayerCache(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
+    def truncate(self, length: int) -> None:
+        """Forget what follows the first `length` columns."""
+        self.length = length
+        if self.shared:
+            self.keys = cast(Tensor, self.keys)[:, :length]  # the rest is still a snapshot's
+
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized, self.length, self.shared = False, 0, False
@@ -207,6 +214,8 @@ class KimiLinearCache(Cache):
         self.seen = 0
         self.lengths: Tensor | None = None  # [B] int64 once a row had padding; None: all are `seen`
         self.graphs: DecodeGraphs | None = None  # `generate` captures its steps in them
+        mixers = [i for i, layer in enumerate(self.layers) if isinstance(layer, KDALayerCache)]
+        self.rollback = Rollback(mixers)
 
     @staticmethod
     def _signature(config: KimiLinearConfig) -> dict:
@@ -240,9 +249,18 @@ class KimiLinearCache(Cache):
         """Columns seen, padding included."""
         return self.seen
 
+    def begin(self, T: int, whole: bool = True) -> None:
+        """Before a forward of T columns: record for `crop`, unless some are padding (`whole`)."""
+        self.rollback.begin(T, whole, self._mixers())
+
+    def _mixers(self) -> list[KDALayerCache]:
+        return [layer for layer in self.layers if isinstance(layer, KDALayerCache)]
+
     def advance(self, T: int, lengths: Tensor | None) -> None:
         """Count the T columns of a finished forward, after which rows have `lengths` tokens."""
         self.seen, self.lengths = self.seen + T, lengths
+        if self.rollback.open:
+            self.rollback.count += T
         for layer in self.layers:
             if isinstance(layer, LatentLayerCache):
                 layer.length = self.seen
@@ -267,7 +285,7 @@ class KimiLinearCache(Cache):
                 found.append(cast(Tensor, layer.keys))
             else:
                 found.extend(layer.writable_states())
-        return found
+        return found + self.rollback.tensors()
 
     def __getstate__(self) -> dict:
         """A copy has tensors of its own, and graphs of its own."""
@@ -275,9 +293,11 @@ class KimiLinearCache(Cache):
 
     def reset(self) -> None:
         super().reset()
+        self.rollback.drop()
         self.seen, self.lengths = 0, None
 
     def _select_rows(self, index: Tensor) -> None:
+        self.rollback.drop()
         for layer in self.layers:
             layer.select_rows(index)
         if self.lengths is not None:
@@ -301,15 +321,42 @@ class KimiLinearCache(Cache):
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this cache, exactly; it can be restored again later."""
+        self.rollback.drop()
         self.layers = [layer.snapshot() for layer in snapshot.layers]
         self.seen, self.lengths = snapshot.seen, snapshot.lengths
 
+    def activate_past_recording(self) -> None:
+        """From now on keep what `crop` needs; `generate` does so while it checks drafted tokens.
+
+        That is a copy of the KDA states, and of the released model 0.66 MB per token since the last
+        crop. What comes in more than `RECORDED` tokens at once, as a prompt, is not recorded.
+        """
+        self.rollback.on = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
+        """Forget the last n tokens of every row; `tokens_to_remove` is -n, as transformers has it.
+
+        They must have come since `activate_past_recording` and since the last crop, also one of 0.
+
+        Raises:
+            ValueError: they have not, or what came since then had padding or was too much.
+        """
+        n, record = -tokens_to_remove, self.rollback
+        if n and not 0 < n <= record.count:
             raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}, but a KDA state cannot forget tokens: "
-                "take cache.snapshot() before them and restore() it"
+                f"tokens_to_remove is {tokens_to_remove}, but a KDA state cannot forget tokens, "
+                f"and {record.count} are recorded: take cache.snapshot() before them and restore() "
+                "it, or call cache.activate_past_recording() and crop by a negative number"
             )
+        if n and n == self.seen:
+            self.reset()
+        elif n:
+            record.replay(record.count - n, self._mixers())
+            self.advance(-n, None if self.lengths is None else self.lengths - n)
+            for layer in self.layers:
+                if isinstance(layer, LatentLayerCache):
+                    layer.truncate(self.seen)
+        record.drop()
 
     def fork(self) -> KimiLinearCache:
         """An independent copy: both can go on, in different directions."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_kernels.dispatch import use_triton
-from kimi_linear.layout import decode_layout
+from kimi_linear.layout import DECODE_TOKENS, decode_layout
 
 if TYPE_CHECKING:
     from kimi_linear.cache import KimiLinearCache
@@ -44,6 +44,7 @@ class _Graph:
     logits: Tensor  # [B, T, V], written by it
     fixed: list[Tensor]  # tensors of the cache that it reads and writes
     seen: int = -1  # by the cache after its last replay
+    lengths: Tensor | None = None  # of its rows then
 
 
 class DecodeGraphs:
@@ -54,6 +55,7 @@ class DecodeGraphs:
         self.parameters = self._addresses(model)
         self.graphs: dict[torch.Size, _Graph | None] = {}  # None: has run, is captured next
         self.failed = False
+        self.active = True  # until `generate` ends: then weights may be moved
 
     @staticmethod
     def _addresses(model: KimiLinearForCausalLM) -> list[int]:
@@ -68,23 +70,26 @@ class DecodeGraphs:
         if self.failed or ids.shape not in self.graphs:
             self.graphs[ids.shape] = None
             return None
+        cache.begin(ids.shape[1])
+        if cache.rollback.on and not cache.rollback.fits(len(ids)):
+            return None
         cache.reserve(ids.shape[1])
         fixed, found = cache.tensors(), self.graphs[ids.shape]
-        if found is None or any(a is not b for a, b in zip(fixed, found.fixed, strict=True)):
+        if found is None or list(map(id, fixed)) != list(map(id, found.fixed)):
             try:
                 found = self.graphs[ids.shape] = self._capture(ids, cache, fixed)
             except RuntimeError as error:
                 warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=2)
                 self.failed = True
                 return None
-        if found.seen != cache.seen:  # something else has advanced the cache
+        if found.seen != cache.seen or found.lengths is not cache.lengths:  # not by a replay
             start = cache.lengths
             found.start.fill_(cache.seen) if start is None else found.start.copy_(start)
         found.ids.copy_(ids)
         found.graph.replay()
         T = ids.shape[1]
         cache.advance(T, None if cache.lengths is None else cache.lengths + T)
-        found.seen = cache.seen
+        found.seen, found.lengths = cache.seen, cache.lengths
         return found.logits.clone()
 
     def _run(self, ids: Tensor, start: Tensor, cache: KimiLinearCache) -> Tensor:
@@ -102,6 +107,21 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._run(ids, start, cache)
         return _Graph(graph, ids, start, logits, fixed)
+
+
+def captured_step(
+    model: KimiLinearForCausalLM, ids: Tensor | None, cache: KimiLinearCache | None
+) -> Tensor | None:
+    """Logits [B, T, V] by a CUDA graph, where `generate` decodes with one."""
+    graphs = getattr(cache, "graphs", None)
+    if ids is None or cache is None or graphs is None or not graphs.active:
+        return None
+    few = ids.ndim == 2 and 0 < ids.shape[1] <= DECODE_TOKENS and cache.seen > 0
+    asked = model.config.output_hidden_states or model.config.output_router_logits
+    if not few or asked or model.training or torch.is_grad_enabled():
+        return None
+    cache.check(model.config, ids.shape[0])
+    return graphs.step(ids, cache)
 
 
 def decode_graphs(model: KimiLinearForCausalLM, graphs: DecodeGraphs | None) -> DecodeGraphs | None:

@@ -96,9 +96,11 @@ class KimiDeltaAttention(nn.Module):
             b, g = self.b_proj(x), self.g_b_proj(self.g_a_proj(x))
         gate = g.unflatten(-1, self.heads)
         layer = None if cache is None else cast(KDALayerCache, cache.layers[self.layer_idx])
+        weight, norm = self.conv1d.weight.squeeze(1), self.o_norm
+        if cache is not None:
+            cache.rollback.write(self.layer_idx, xs, f, b, (weight, A_log, dt_bias))
         if layer is not None and self._steps(x, layout, layer):
             conv_state, S = layer.writable_states()
-            weight, norm = self.conv1d.weight.squeeze(1), self.o_norm
             o = kda_step(
                 xs, weight, conv_state, f, b, A_log, dt_bias, S, gate, norm.weight, norm.eps
             )

@@ -13,11 +13,12 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils.generic import can_return_tuple
 
 from kimi_kernels.dispatch import use_triton
+from kimi_linear.assisted import AssistedGeneration
 from kimi_linear.cache import KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.decode import decode_graphs
+from kimi_linear.decode import captured_step, decode_graphs
 from kimi_linear.kda import ForgetGate, GatedRMSNorm, KimiDeltaAttention
-from kimi_linear.layout import DECODE_TOKENS, TokenLayout, plan_tokens
+from kimi_linear.layout import TokenLayout, plan_tokens
 from kimi_linear.loss import fused_loss, skips_logits
 from kimi_linear.mla import KimiLatentAttention
 from kimi_linear.moe import (
@@ -76,7 +77,6 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "e_score_correction_bias"]
     _supports_sdpa = True
-    _is_stateful = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -217,6 +217,8 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         long = math.prod(x.shape[:2]) > PIECE and not (layout.packed or torch.is_grad_enabled())
         if long and cache is not None and not (want_states or want_logits):
             return self._in_pieces(x, attention_mask, cache)
+        if cache is not None:
+            cache.begin(layout.shape[1], layout.cu_seqlens is None)
 
         x = layout.pack(self.embed_tokens(x) if inputs_embeds is None else x)
         states: Any = (x,) if want_states else None
@@ -269,7 +271,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         return KimiLinearModelOutput(torch.cat(hidden, 1), past_key_values=cache)
 
 
-class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
+class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, GenerationMixin):
     """Kimi Linear with a language-modelling head (moonshotai/Kimi-Linear-48B-A3B)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -334,7 +336,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens)
         others += (output_hidden_states, output_router_logits, skip_logits, *kwargs.values())
         if all(x is None or x is False for x in others):
-            logits = self._captured_step(input_ids, past_key_values)
+            logits = captured_step(self, input_ids, past_key_values)
             if logits is not None:
                 return MoeCausalLMOutputWithPast(
                     logits=logits[:, keep], past_key_values=past_key_values
@@ -371,16 +373,17 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def _captured_step(self, ids: Tensor | None, cache: KimiLinearCache | None) -> Tensor | None:
-        """Logits by a CUDA graph, where `generate` decodes with one."""
-        if ids is None or not isinstance(cache, KimiLinearCache) or cache.graphs is None:
-            return None
-        few = ids.ndim == 2 and 0 < ids.shape[1] <= DECODE_TOKENS and cache.seen > 0
-        asked = self.config.output_hidden_states or self.config.output_router_logits
-        if not few or asked or self.training or torch.is_grad_enabled():
-            return None
-        cache.check(self.config, ids.shape[0])
-        return cache.graphs.step(ids, cache)
+    def generate(self, *args, **kwargs):
+        """As transformers has it; the CUDA graphs of its cache serve no other call."""
+        parent: Any = super()
+        outputs = None
+        try:
+            outputs = parent.generate(*args, **kwargs)
+            return outputs
+        finally:
+            for cache in (kwargs.get("past_key_values"), getattr(outputs, "past_key_values", None)):
+                if isinstance(cache, KimiLinearCache) and cache.graphs is not None:
+                    cache.graphs.active = False
 
     def prepare_inputs_for_generation(  # transformers looks at the arguments' names
         self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False,
@@ -421,6 +424,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         if isinstance(cache, KimiLinearCache) and self.device.type == "cuda":
             cache.plan(max_cache_length)
             cache.graphs = decode_graphs(self, cache.graphs)
+            if cache.graphs is not None:
+                cache.graphs.active = True
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """Refuse what transformers would cut out of the wrong end of the sequence.

@@ -281,3 +281,14 @@ def test_pieces_only_where_a_cache_is_filled_and_nothing_else_is_asked(monkeypat
     calls.clear()
     model(ids, labels=ids)
     assert len(calls) == 1
+
+
+def test_graphs_serve_generate_alone(model, captures):
+    """Then weights may move: a later call of the model does not see those at the old places."""
+    ids = random_ids(CONFIG, 1, 20)
+    cache, _ = pair(model, ids[:, :10])
+    model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, eos_token_id=96)
+    assert captures and not cache.graphs.active
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+    assert cache.graphs.graphs[1, 1].seen == cache.seen - 1

@@ -359,9 +359,7 @@ def test_refused(name, model):
         model.generate(PROMPT, **options)
 
 
-def test_refused_assistants_and_other_caches(model):
-    with pytest.raises(ValueError, match="assisted generation"):
-        model.generate(PROMPT[:1], assistant_model=model)
+def test_refused_caches(model):
     cache = filled(model, PROMPT[:1, :5])
     for options in ({"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}):
         with pytest.raises(ValueError, match="holds 1 sequences, but the input has 3 rows"):

@@ -105,7 +105,8 @@ def test_captured_steps_through_the_life_of_a_cache(model):
     ids = random_ids(model.config, 2, 400).to(DEVICE)
     _, cache = tokens_and_cache(model, {"input_ids": ids[:, :10]}, max_new_tokens=4)
     twin = cache.fork()
-    assert twin.graphs is None
+    assert twin.graphs is None and not cache.graphs.active
+    cache.graphs.active = True
     at = cache.seen
 
     def both(*where):
