@@ -3,17 +3,13 @@
 As test_sm90_code.py does for KDA. As a script it is the compiling process.
 """
 
-import json
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kernels.test_sm90_code import ROOT, Hopper, broken_descriptors, tool
+from tests.kernels.sm90 import compile_in_child, record, write
 
 CASES = {  # first kernel: sequences, new tokens, heads, are there positions, dtype, KB to share
     "latent_decode_gluon": {
@@ -36,51 +32,26 @@ CASES = {  # first kernel: sequences, new tokens, heads, are there positions, dt
 @pytest.mark.parametrize("kernel", CASES)
 def test_machine_code(kernel, tmp_path):
     """One process for the cases of a kernel: most of its time goes to imports."""
-    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "tests.kernels.test_mla_sm90", kernel, str(tmp_path)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    compiled = json.loads(done.stdout.splitlines()[-1])
-    assert [x[:2] for x in compiled] == [
-        [case, name] for case in CASES[kernel] for name in (kernel, "latent_combine_kernel")
+    kernels = compile_in_child(__name__, tmp_path, kernel)
+    assert [(x.case, x.name) for x in kernels] == [
+        (case, name) for case in CASES[kernel] for name in (kernel, "latent_combine_kernel")
     ]
-    for i, (case, name, shared) in enumerate(compiled):
-        _, T, H, _, dtype, room = CASES[kernel][case]
-        dump = subprocess.run(
-            [tool(), "-res-usage", "-sass", str(tmp_path / f"{i}.cubin")],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        stack = re.search(r"\bSTACK:(\d+)", dump)
-        assert not broken_descriptors(dump), (case, name)
-        assert shared <= room * 1024, (case, name, shared)
-        assert stack and int(stack[1]) <= 32, (case, name, stack)
-        instructions = re.findall(r"\b([A-Z]\w+)", dump)
+    for x in kernels:
+        _, T, H, _, dtype, room = CASES[kernel][x.case]
+        assert not x.broken and x.shared <= room * 1024 and x.stack <= 32, str(x)
         if dtype == "float32":  # exact products
-            assert "HGMMA" not in instructions and "HMMA" not in instructions
-        if name == "latent_decode_gluon":
+            assert not x.words["HGMMA"] and not x.words["HMMA"]
+        if x.name == "latent_decode_gluon":
             # 36 products of 16 channels; 4 of 16 latents for each 64 channels of a warpgroup
-            assert instructions.count("HGMMA") == 36 + (32 if T * H <= 32 else 16)
-            assert "UTMALDG" in instructions and "HMMA" not in instructions
+            assert x.words["HGMMA"] == 36 + (32 if T * H <= 32 else 16)
+            assert x.words["UTMALDG"] and not x.words["HMMA"]
 
 
 def compile_cases(kernel: str, folder: Path) -> None:
-    """Both kernels of each case: their cubins, and case, name and shared memory."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
-    from kimi_kernels import dispatch
-
-    dispatch.capability = lambda device: (9, 0)
+    """Both kernels of each case."""
+    compiled, kernels = record(), []
     from kimi_kernels import mla_decode_gluon, mla_decode_triton
 
-    triton.runtime.driver.set_active(Hopper())
-    run, compiled, facts = JITFunction.run, [], []
-
-    def compile_only(self, *args, warmup, **options):
-        compiled.append(run(self, *args, warmup=True, **options))
-
-    JITFunction.run = compile_only
     if kernel == "latent_decode_kernel":
         mla_decode_gluon.takes = lambda *args: False
     for case, (B, T, H, ragged, dtype, room) in CASES[kernel].items():
@@ -90,10 +61,8 @@ def compile_cases(kernel: str, folder: Path) -> None:
         args = [torch.empty(s, dtype=getattr(torch, dtype), device="meta") for s in shapes]
         positions = torch.empty(B, T, dtype=torch.int64, device="meta") if ragged else None
         mla_decode_triton.latent_decode_fwd(*args, 192**-0.5, positions)
-        for x in compiled:
-            (folder / f"{len(facts)}.cubin").write_bytes(x.asm["cubin"])
-            facts.append((case, x.metadata.name, x.metadata.shared))
-    print(json.dumps(facts))
+        kernels += [(case, x) for x in compiled]
+    write(kernels, folder)
 
 
 if __name__ == "__main__":
