@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from kimi_kernels.checks import (
     accumulation_dtype,
@@ -84,6 +83,8 @@ def _last_queries(T: int, S: int, q: Tensor) -> Any:
     """A mask for T queries that are the last of S tokens; no tensor, except for a compiler."""
     if torch.compiler.is_compiling():
         return torch.arange(S, device=q.device) <= torch.arange(S - T, S, device=q.device)[:, None]
+    from torch.nn.attention.bias import causal_lower_right  # it imports triton
+
     return causal_lower_right(T, S)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
+from kimi_kernels import backend, kda_step
+from kimi_linear import KimiLinearCache, KimiLinearForCausalLM, rollback
 from kimi_linear import modeling_kimi_linear as modeling
 from kimi_linear.decode import DecodeGraphs
 from kimi_linear.layout import DECODE_TOKENS
@@ -66,6 +67,23 @@ def test_crop(full_attn_layers, padding, dtype):
         assert_same(run(model, ids[:, t : t + 1], cache), run(model, ids[:, t : t + 1], other))
         t += 1
         cache.crop(0)
+
+
+def test_crop_by_the_kernel(model, monkeypatch):
+    """All layers in one launch: its states are those of the reference, layer by layer."""
+
+    def step(*args):
+        with backend("triton"):
+            return kda_step(*args)
+
+    monkeypatch.setattr(rollback, "kda_step", step)
+    ids = random_ids(CONFIG, 2, 20)
+    cache, other = recording(model, ids[:, :9]), KimiLinearCache(CONFIG)
+    run(model, ids[:, 9:17], cache)
+    cache.crop(-3)
+    run(model, ids[:, :9], other)
+    run(model, ids[:, 9:14], other)
+    assert_same_caches(cache, other)
 
 
 @pytest.mark.parametrize("kept", range(0, 34, 3))
@@ -331,7 +349,7 @@ def test_captured_crops_on_a_gpu(has_padding):
     ids, mask = random_ids(CONFIG, 2, 400).to(DEVICE), torch.ones(2, 10).long().to(DEVICE)
     mask[0, 3:7] = int(not has_padding)
     caches = [recording(model, ids[:, :10], mask) for _ in range(2)]
-    caches[0].graphs = DecodeGraphs(model)
+    caches[0].graphs, other = DecodeGraphs(model), recording(model, ids[:, :10], mask)
     t = 10
     for removed in (1, 2, 3, 4, 5, 6, 7, 0, 8):
         for steps in ((8,), (2, 1, 1, 1, 3)):
@@ -341,11 +359,11 @@ def test_captured_crops_on_a_gpu(has_padding):
                 t += T
             for cache in caches:
                 cache.crop(-removed)
+            if removed < 8:
+                run(model, ids[:, t - 8 : t - removed], other)
             t -= removed
-            other = KimiLinearCache(CONFIG)
-            run(model, ids[:, :10], other, mask)
-            run(model, ids[:, 10:t], other)
-            for a, b in zip(states(caches[0]), states(other), strict=True):
-                assert_as_good_as("state", a, b, b)
+            for cache in caches:
+                for a, b in zip(states(cache), states(other), strict=True):
+                    assert_as_good_as(f"state after {t}", a, b, b)
     assert not caches[0].graphs.failed
     assert all(graph is not None for graph in caches[0].graphs.graphs.values())
