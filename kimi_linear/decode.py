@@ -127,6 +127,7 @@ def captured_step(
 def decode_graphs(model: KimiLinearForCausalLM, graphs: DecodeGraphs | None) -> DecodeGraphs | None:
     """`graphs` if they still fit the model, or new ones, or None with a warning that says why."""
     if graphs is not None and graphs.fit(model):
+        graphs.active = True
         return graphs
     reason = why_not_captured(model)
     if reason is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_kernels import fused_linears
-from kimi_kernels.linears import MOST_ROWS
+from kimi_kernels.linears import few_rows
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -32,8 +32,8 @@ def are_plain(modules: Sequence[nn.Module], x: Tensor) -> bool:
 
 def decodes(x: Tensor) -> bool:
     """Whether x [..., D] are few tokens without a gradient, whose weights are what takes time."""
-    few = 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-    return few and x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
+    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
+    return few_rows(x) and x.is_cuda and plain
 
 
 def project(xs: Tensor | Sequence[Tensor], *modules: nn.Module) -> tuple[Tensor, ...]:

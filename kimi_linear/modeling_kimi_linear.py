@@ -424,8 +424,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
         if isinstance(cache, KimiLinearCache) and self.device.type == "cuda":
             cache.plan(max_cache_length)
             cache.graphs = decode_graphs(self, cache.graphs)
-            if cache.graphs is not None:
-                cache.graphs.active = True
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """Refuse what transformers would cut out of the wrong end of the sequence.

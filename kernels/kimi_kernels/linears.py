@@ -11,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_like, check_shape
+from kimi_kernels.checks import check_like, check_shape
 from kimi_kernels.dispatch import use_triton
 from kimi_kernels.operators import wants_gradient
 
 MOST_ROWS = 4  # of x; for more, tensor cores are faster than reading each weight into registers
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether x [..., K] has rows, and so few that reading the weights is what takes time."""
+    return 0 < x.numel() <= MOST_ROWS * x.shape[-1]
 
 
 def fused_linears(
@@ -47,12 +52,11 @@ def fused_linears(
             raise ValueError(f"weights[{i}] has shape {list(w.shape)}, want [N, {x.shape[-1]}]")
         check_shape(f"weights[{i}]", w, w.shape[0], x.shape[-1])
         check_like(f"weights[{i}]", w, "xs[0]", x)
-    few = 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-    if few and use_triton(x) and not wants_gradient(*xs, *weights):
-        if not torch.compiler.is_compiling():
-            from kimi_kernels.linears_triton import fused_linears_fwd
+    fused = few_rows(x) and use_triton(x) and not wants_gradient(*xs, *weights)
+    if fused and not torch.compiler.is_compiling():
+        from kimi_kernels.linears_triton import fused_linears_fwd
 
-            return fused_linears_fwd(xs, weights, dtype or x.dtype)
-    wide = accumulation_dtype(x.dtype) if dtype == torch.float32 else (dtype or x.dtype)
-    cast = [[t.to(torch.promote_types(t.dtype, wide)) for t in ts] for ts in (xs, weights)]
-    return tuple(F.linear(y, w).to(dtype or x.dtype) for y, w in zip(*cast, strict=True))
+        return fused_linears_fwd(xs, weights, dtype or x.dtype)
+    out = dtype or x.dtype
+    wide = torch.promote_types(x.dtype, out)
+    return tuple(F.linear(y.to(wide), w.to(wide)).to(out) for y, w in zip(xs, weights, strict=True))
