@@ -256,25 +256,26 @@ class KimiLinearCache(Cache):
     def _mixers(self) -> list[KDALayerCache]:
         return [layer for layer in self.layers if isinstance(layer, KDALayerCache)]
 
+    def _latents(self) -> list[LatentLayerCache]:
+        return [layer for layer in self.layers if isinstance(layer, LatentLayerCache)]
+
     def advance(self, T: int, lengths: Tensor | None) -> None:
         """Count the T columns of a finished forward, after which rows have `lengths` tokens."""
         self.seen, self.lengths = self.seen + T, lengths
         if self.rollback.open:
             self.rollback.count += T
-        for layer in self.layers:
-            if isinstance(layer, LatentLayerCache):
-                layer.length = self.seen
+        for layer in self._latents():
+            layer.length = self.seen
 
     def plan(self, capacity: int) -> None:
         """Make room for so many tokens per row with the first ones, so that nothing moves later."""
-        for layer in self.layers:
-            if isinstance(layer, LatentLayerCache):
-                layer.planned = capacity
+        for layer in self._latents():
+            layer.planned = capacity
 
     def reserve(self, T: int) -> None:
         """Make room for T more columns now."""
-        for layer in self.layers:
-            if isinstance(layer, LatentLayerCache) and layer.keys is not None:
+        for layer in self._latents():
+            if layer.keys is not None:
                 layer.reserve(layer.keys, len(layer.keys), self.seen + T)
 
     def tensors(self) -> list[Tensor]:
@@ -353,9 +354,8 @@ class KimiLinearCache(Cache):
         elif n:
             record.replay(record.count - n, self._mixers())
             self.advance(-n, None if self.lengths is None else self.lengths - n)
-            for layer in self.layers:
-                if isinstance(layer, LatentLayerCache):
-                    layer.truncate(self.seen)
+            for layer in self._latents():
+                layer.truncate(self.seen)
         record.drop()
 
     def fork(self) -> KimiLinearCache:

@@ -26,6 +26,10 @@ class KimiLinearMLP(nn.Module):
         gate, up = project(x, self.gate_proj, self.up_proj)
         return self.down_proj(F.silu(gate) * up)
 
+    def linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """gate, up and down."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
 
 class KimiLinearTopkRouter(nn.Module):
     """Sigmoid router, fp32 throughout. The correction bias moves the choice, not the weights."""
@@ -120,8 +124,7 @@ class KimiLinearMoE(nn.Module):
         logits, weights, index = self.gate(flat)
         shared = self.shared_experts
         if shared is not None and self._fuses(flat, shared):
-            linears = shared.gate_proj, shared.up_proj, shared.down_proj
-            y = self.experts(flat, index, weights, tuple(m.weight for m in linears))
+            y = self.experts(flat, index, weights, tuple(m.weight for m in shared.linears()))
             return y.view_as(x), logits
         y = self.experts(flat, index, weights).view_as(x)
         return (y if shared is None else y + shared(x)), logits
@@ -129,8 +132,7 @@ class KimiLinearMoE(nn.Module):
     def _fuses(self, x: Tensor, shared: KimiLinearMLP) -> bool:
         """Whether the shared expert can be decoded with the others: these are all here."""
         here = self.experts.num_experts == self.gate.num_experts and is_bare(self.experts)
-        linears = shared.gate_proj, shared.up_proj, shared.down_proj
-        return here and decodes(x) and is_bare(shared) and are_plain(linears, x)
+        return here and decodes(x) and is_bare(shared) and are_plain(shared.linears(), x)
 
 
 def sequence_balance_loss(logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: int) -> Tensor:
