@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kimi_kernels.dispatch import use_triton
+from kimi_kernels.dispatch import overlapping, use_triton
 from kimi_linear.layout import DECODE_TOKENS, decode_layout
+from kimi_linear.linear import project
 
 if TYPE_CHECKING:
     from kimi_linear.cache import KimiLinearCache
@@ -99,12 +100,12 @@ class DecodeGraphs:
         for layer in decoder.layers:
             x, _ = layer(x, layout, past_key_values=cache)
         start.add_(T)
-        return self.model.lm_head(decoder.norm(x))
+        return project(x, self.model.lm_head, norm=decoder.norm)[0]
 
     def _capture(self, ids: Tensor, cache: KimiLinearCache, fixed: list[Tensor]) -> _Graph:
         ids, graph = ids.clone(), torch.cuda.CUDAGraph()
         start = torch.empty(ids.shape[0], dtype=torch.int64, device=ids.device)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), overlapping():
             logits = self._run(ids, start, cache)
         return _Graph(graph, ids, start, logits, fixed)
 

@@ -11,6 +11,7 @@ from kimi_linear.cache import KDALayerCache, KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layout import DECODE_TOKENS, TokenLayout
 from kimi_linear.linear import is_bare, project
+from kimi_linear.norm import KimiLinearRMSNorm
 
 
 class ShortConvolution(nn.Conv1d):
@@ -80,31 +81,38 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = GatedRMSNorm(K, config.rms_norm_eps)
         self.o_proj = nn.Linear(H * K, D, bias=False)
 
-    def forward(self, x: Tensor, layout: TokenLayout, cache: KimiLinearCache | None) -> Tensor:
-        """x [b, t, D] as `layout.pack` left it -> the same shape."""
-        forget = self.forget_gate
+    def forward(
+        self,
+        x: Tensor,
+        layout: TokenLayout,
+        cache: KimiLinearCache | None,
+        norm: KimiLinearRMSNorm | None = None,
+    ) -> Tensor:
+        """x [b, t, D] as `layout.pack` left it -> the same shape; with a norm, x + y of norm(x)."""
+        forget, residual = self.forget_gate, None if norm is None else x
         if type(forget) is ForgetGate and is_bare(forget):
             *xs, f, g, b = project(
                 x, self.q_proj, self.k_proj, self.v_proj,
-                forget.f_a_proj, self.g_a_proj, self.b_proj,
+                forget.f_a_proj, self.g_a_proj, self.b_proj, norm=norm,
             )  # fmt: skip
             f, g = project((f, g), forget.f_b_proj, self.g_b_proj)
             f, A_log, dt_bias = f.unflatten(-1, self.heads), forget.A_log.flatten(), forget.dt_bias
         else:
+            x = x if norm is None else norm(x)
             xs = project(x, self.q_proj, self.k_proj, self.v_proj)
             f, A_log, dt_bias = forget(x)
             b, g = self.b_proj(x), self.g_b_proj(self.g_a_proj(x))
         gate = g.unflatten(-1, self.heads)
         layer = None if cache is None else cast(KDALayerCache, cache.layers[self.layer_idx])
-        weight, norm = self.conv1d.weight.squeeze(1), self.o_norm
+        weight, o_norm = self.conv1d.weight.squeeze(1), self.o_norm
         if cache is not None:
             cache.rollback.write(self.layer_idx, xs, f, b, (weight, A_log, dt_bias))
         if layer is not None and self._steps(x, layout, layer):
             conv_state, S = layer.writable_states()
             o = kda_step(
-                xs, weight, conv_state, f, b, A_log, dt_bias, S, gate, norm.weight, norm.eps
+                xs, weight, conv_state, f, b, A_log, dt_bias, S, gate, o_norm.weight, o_norm.eps
             )
-            return self.o_proj(o.flatten(-2))
+            return project(o.flatten(-2), self.o_proj, residual=residual)[0]
         conv_state, S = (None, None) if layer is None else layer.states()
         keep, cu = layer is not None, layout.cu_seqlens
         xs, conv_state = self.conv1d(xs, conv_state, keep, cu)
@@ -116,7 +124,7 @@ class KimiDeltaAttention(nn.Module):
         if layer is not None:
             layer.update_conv_state(cast(Tensor, conv_state))
             layer.update_recurrent_state(cast(Tensor, S))
-        return self.o_proj(self.o_norm(o, gate).flatten(-2))
+        return project(o_norm(o, gate).flatten(-2), self.o_proj, residual=residual)[0]
 
     def _steps(self, x: Tensor, layout: TokenLayout, layer: KDALayerCache) -> bool:
         """Whether these tokens are decoded: few, after others, unpadded, without a gradient."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kimi_kernels import fused_linears
 from kimi_kernels.linears import few_rows
+from kimi_linear.norm import KimiLinearRMSNorm
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -18,16 +19,15 @@ def is_bare(module: nn.Module) -> bool:
     return not hooked and "forward" not in vars(module)
 
 
+def has_plain_weight(module: nn.Module, x: Tensor) -> bool:
+    """Whether a kernel may read its weight instead of calling it: bare, not split, dtype of x."""
+    w = module.weight
+    return is_bare(module) and type(w) in (Tensor, nn.Parameter) and w.dtype == x.dtype
+
+
 def are_plain(modules: Sequence[nn.Module], x: Tensor) -> bool:
     """Whether all are linear layers without bias, of plain weights in the dtype of x."""
-    return all(
-        type(m) is nn.Linear
-        and m.bias is None
-        and is_bare(m)
-        and type(m.weight) in (Tensor, nn.Parameter)
-        and m.weight.dtype == x.dtype
-        for m in modules
-    )
+    return all(type(m) is nn.Linear and m.bias is None and has_plain_weight(m, x) for m in modules)
 
 
 def decodes(x: Tensor) -> bool:
@@ -36,10 +36,23 @@ def decodes(x: Tensor) -> bool:
     return few_rows(x) and x.is_cuda and plain
 
 
-def project(xs: Tensor | Sequence[Tensor], *modules: nn.Module) -> tuple[Tensor, ...]:
-    """Every module on its x, or all on the same: in one launch where few tokens are decoded."""
-    xs = [xs] * len(modules) if isinstance(xs, Tensor) else xs
-    if decodes(xs[0]) and are_plain(modules, xs[0]):
+def project(
+    xs: Tensor | Sequence[Tensor],
+    *modules: nn.Module,
+    norm: KimiLinearRMSNorm | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Every module on its x, or all on the same: in one launch where few tokens are decoded.
+
+    norm: of the one x, first. residual: added to the one output.
+    """
+    x = xs if isinstance(xs, Tensor) else xs[0]
+    fused = decodes(x) and are_plain(modules, x) and (norm is None or has_plain_weight(norm, x))
+    if isinstance(xs, Tensor):
+        xs = [x if fused or norm is None else norm(x)] * len(modules)
+    if fused:
         weights: Any = [m.weight for m in modules]
-        return fused_linears(xs, weights)
-    return tuple(m(x) for m, x in zip(modules, xs, strict=True))
+        given = None if norm is None else (norm.weight, norm.eps)
+        return fused_linears(xs, weights, norm=given, residual=residual)
+    ys = tuple(m(x) for m, x in zip(modules, xs, strict=True))
+    return ys if residual is None else (residual + ys[0],)

@@ -46,10 +46,16 @@ class KimiLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(R, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(H * config.v_head_dim, D, bias=False)
 
-    def forward(self, x: Tensor, layout: TokenLayout, cache: KimiLinearCache | None) -> Tensor:
-        """x [b, t, D] as `layout.pack` left it -> the same shape."""
+    def forward(
+        self,
+        x: Tensor,
+        layout: TokenLayout,
+        cache: KimiLinearCache | None,
+        norm: KimiLinearRMSNorm | None = None,
+    ) -> Tensor:
+        """x [b, t, D] as `layout.pack` left it -> the same shape; with a norm, x + y of norm(x)."""
         first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
-        q, c = project(x, first, self.kv_a_proj_with_mqa)
+        q, c = project(x, first, self.kv_a_proj_with_mqa, norm=norm)
         if self.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (-1, self.head_dim))
@@ -63,4 +69,4 @@ class KimiLatentAttention(nn.Module):
         else:
             q, at = layout.unpack(q), layout.positions
             o = layout.pack(latent_attention(q, stored, w_kv, scale=self.scale, positions=at))
-        return self.o_proj(o.flatten(-2))
+        return project(o.flatten(-2), self.o_proj, residual=None if norm is None else x)[0]

@@ -19,6 +19,7 @@ from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.decode import captured_step, decode_graphs
 from kimi_linear.kda import ForgetGate, GatedRMSNorm, KimiDeltaAttention
 from kimi_linear.layout import TokenLayout, plan_tokens
+from kimi_linear.linear import decodes
 from kimi_linear.loss import fused_loss, skips_logits
 from kimi_linear.mla import KimiLatentAttention
 from kimi_linear.moe import (
@@ -57,8 +58,13 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
         self, x: Tensor, layout: TokenLayout, past_key_values: KimiLinearCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [b, t, D] -> the same shape, and the router logits [b t, E] of an MoE layer."""
+        router_logits = None
+        if decodes(x):  # norms and sums in the launches of the projections
+            x = self.self_attn(x, layout, past_key_values, self.input_layernorm)
+            y = self.mlp(x, self.post_attention_layernorm)
+            return y if isinstance(self.mlp, KimiLinearMoE) else (y, None)
         y = self.self_attn(self.input_layernorm(x), layout, past_key_values)
-        (y, x), router_logits = self.post_attention_layernorm(y, x), None
+        y, x = self.post_attention_layernorm(y, x)
         if isinstance(self.mlp, KimiLinearMoE):
             y, router_logits = self.mlp(y)
         else:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from kimi_kernels import expert_mlp, fused_linears, route
 from kimi_kernels.moe import RENORM_EPS
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.linear import are_plain, decodes, is_bare, project
+from kimi_linear.linear import are_plain, decodes, has_plain_weight, is_bare, project
+from kimi_linear.norm import KimiLinearRMSNorm
 
 
 class KimiLinearMLP(nn.Module):
@@ -22,9 +23,11 @@ class KimiLinearMLP(nn.Module):
         self.up_proj = nn.Linear(D, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, D, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x: Tensor, norm: KimiLinearRMSNorm | None = None) -> Tensor:
+        """x [.., D] -> the same shape; with a norm, x + y of norm(x)."""
+        gate, up = project(x, self.gate_proj, self.up_proj, norm=norm)
+        residual = None if norm is None else x
+        return project(F.silu(gate) * up, self.down_proj, residual=residual)[0]
 
     def linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """gate, up and down."""
@@ -46,10 +49,12 @@ class KimiLinearTopkRouter(nn.Module):
         # [E] int64 while kimi_linear.balance counts tokens; no buffer, as DDP broadcasts buffers
         self.counts: Tensor | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> logits [T, E], weights and expert indexes [T, top_k]."""
+    def forward(
+        self, x: Tensor, norm: KimiLinearRMSNorm | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D], or norm(x) -> logits [T, E], weights and expert indexes [T, top_k]."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self._logits(x)
+            logits = self._logits(x, norm)
             weights, index = route(
                 logits, self.e_score_correction_bias, self.top_k,
                 n_group=self.n_group, topk_group=self.topk_group,
@@ -59,13 +64,15 @@ class KimiLinearTopkRouter(nn.Module):
             self._count(self.counts, index)
         return logits, weights, index
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, norm: KimiLinearRMSNorm | None) -> Tensor:
         w = self.weight
         half = x.dtype == w.dtype and x.dtype in (torch.bfloat16, torch.float16)
         eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         plain = half and x.is_cuda and eager and type(w) in (Tensor, nn.Parameter)
         if plain and decodes(x):
-            return fused_linears([x], [w], torch.float32)[0]
+            given = None if norm is None else (norm.weight, norm.eps)
+            return fused_linears([x], [w], torch.float32, norm=given)[0]
+        x = x if norm is None else norm(x)
         if plain:
             return torch.mm(x, w.mT, out_dtype=torch.float32)  # exact products, as below
         acc = torch.promote_types(x.dtype, torch.float32)
@@ -99,13 +106,14 @@ class KimiLinearExperts(nn.Module):
         top_k_index: Tensor,
         top_k_weights: Tensor,
         shared: tuple[Tensor, Tensor, Tensor] | None = None,
+        norm: tuple[Tensor, float] | None = None,
     ) -> Tensor:
-        """Argument order and names as transformers' expert-parallel plans expect them."""
+        """As `expert_mlp`. Argument names and order as transformers' expert-parallel plans expect."""
         device, dtype = hidden_states.device.type, hidden_states.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         x, gate_up, down = (t.to(dtype) for t in (hidden_states, self.gate_up_proj, self.down_proj))
-        return expert_mlp(x, gate_up, down, top_k_index, top_k_weights, shared)
+        return expert_mlp(x, gate_up, down, top_k_index, top_k_weights, shared, norm)
 
 
 class KimiLinearMoE(nn.Module):
@@ -118,21 +126,31 @@ class KimiLinearMoE(nn.Module):
         shared = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = KimiLinearMLP(config, shared) if shared else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, t, D] -> the same shape, and the router logits [b t, E]."""
-        flat = x.flatten(0, -2)
-        logits, weights, index = self.gate(flat)
-        shared = self.shared_experts
-        if shared is not None and self._fuses(flat, shared):
-            y = self.experts(flat, index, weights, tuple(m.weight for m in shared.linears()))
+    def forward(self, x: Tensor, norm: KimiLinearRMSNorm | None = None) -> tuple[Tensor, Tensor]:
+        """x [b, t, D] -> the same shape, and the router logits [b t, E].
+
+        With a norm, x + y of norm(x).
+        """
+        flat, shared = x.flatten(0, -2), self.shared_experts
+        if norm is not None and not self._fuses(flat, norm):
+            y, logits = self(norm(x))
+            return x + y, logits
+        logits, weights, index = self.gate(flat, norm)
+        if norm is not None:
+            linears = None if shared is None else tuple(m.weight for m in shared.linears())
+            y = self.experts(flat, index, weights, linears, (norm.weight, norm.eps))
             return y.view_as(x), logits
         y = self.experts(flat, index, weights).view_as(x)
         return (y if shared is None else y + shared(x)), logits
 
-    def _fuses(self, x: Tensor, shared: KimiLinearMLP) -> bool:
-        """Whether the shared expert can be decoded with the others: these are all here."""
-        here = self.experts.num_experts == self.gate.num_experts and is_bare(self.experts)
-        return here and decodes(x) and is_bare(shared) and are_plain(shared.linears(), x)
+    def _fuses(self, x: Tensor, norm: KimiLinearRMSNorm) -> bool:
+        """Whether norm, router, all experts and the shared one can be decoded together."""
+        shared, parts = self.shared_experts, (self.gate, self.experts)
+        here = self.experts.num_experts == self.gate.num_experts
+        plain = here and all(map(is_bare, parts)) and has_plain_weight(norm, x)
+        if shared is not None:
+            plain = plain and is_bare(shared) and are_plain(shared.linears(), x)
+        return plain and decodes(x)
 
 
 def sequence_balance_loss(logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: int) -> Tensor:

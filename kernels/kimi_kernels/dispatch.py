@@ -50,6 +50,24 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+_overlapping = False
+
+
+@contextlib.contextmanager
+def overlapping() -> Iterator[None]:
+    """Inside a `with` block no kernel writes a weight: kernels may read them ahead (overlap.py)."""
+    global _overlapping
+    previous, _overlapping = _overlapping, True
+    try:
+        yield
+    finally:
+        _overlapping = previous
+
+
+def may_overlap() -> bool:
+    return _overlapping
+
+
 def reference_only(op: str) -> None:
     """For an op that has no Triton kernel.
 

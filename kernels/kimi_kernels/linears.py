@@ -2,7 +2,7 @@
 
 A product of a vector with a matrix takes as long as reading the matrix, and a launch of its own
 takes 2 us more. The projections at the head of a layer read the same vector: one launch makes them
-all.
+all, and the norm before them and the residual after them on the way.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ from torch import Tensor
 from kimi_kernels.checks import check_like, check_shape
 from kimi_kernels.dispatch import use_triton
 from kimi_kernels.operators import wants_gradient
+from kimi_kernels.rms_norm import rms_norm
 
-MOST_ROWS = 4  # of x; for more, tensor cores are faster than reading each weight into registers
+MOST_ROWS = 2  # of x; for more, tensor cores are faster than reading each weight into registers
 
 
 def few_rows(x: Tensor) -> bool:
@@ -24,17 +25,24 @@ def few_rows(x: Tensor) -> bool:
 
 
 def fused_linears(
-    xs: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype | None = None
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """y_i = x_i W_i^T; the same tensor may be given several times.
+    """y_i = x_i W_i^T, or residual + rms_norm(x_i) W_i^T; a tensor may be given several times.
 
-    Triton makes them in one launch for up to 4 rows of x without a gradient, with products and sums
-    in fp32. Otherwise, and for a compiler, they are `torch.nn.functional.linear`.
+    Triton makes them in one launch for up to 2 rows of x without a gradient, in fp32 up to the
+    output. Otherwise, and for a compiler, they are `rms_norm` and `torch.nn.functional.linear`.
 
     Args:
         xs: `[..., K]`, all of one shape; bf16, fp16, fp32 or fp64.
         weights: `[N_i, K]`, same dtype.
         dtype: of the outputs, default that of the inputs; fp32 or wider: not rounded to theirs.
+        norm: weight `[K]` and eps of an RMSNorm of every x; same dtype.
+        residual: added to the output, which must be one; its shape and dtype.
 
     Returns:
         `[..., N_i]` each.
@@ -52,11 +60,26 @@ def fused_linears(
             raise ValueError(f"weights[{i}] has shape {list(w.shape)}, want [N, {x.shape[-1]}]")
         check_shape(f"weights[{i}]", w, w.shape[0], x.shape[-1])
         check_like(f"weights[{i}]", w, "xs[0]", x)
-    fused = few_rows(x) and use_triton(x) and not wants_gradient(*xs, *weights)
+    out, own = dtype or x.dtype, () if norm is None else norm[:1]
+    for w in own:
+        check_shape("norm[0]", w, x.shape[-1])
+        check_like("norm[0]", w, "xs[0]", x)
+    if residual is not None:
+        if len(weights) != 1:
+            raise ValueError(f"residual goes with one weight, got {len(weights)}")
+        check_shape("residual", residual, *x.shape[:-1], weights[0].shape[0])
+        if residual.dtype != out or residual.device != x.device:
+            raise ValueError(
+                f"residual is {residual.dtype} on {residual.device}, want {out} on {x.device}"
+            )
+    given = (*xs, *weights, *own, residual)
+    fused = few_rows(x) and use_triton(x) and not wants_gradient(*given)
     if fused and not torch.compiler.is_compiling():
         from kimi_kernels.linears_triton import fused_linears_fwd
 
-        return fused_linears_fwd(xs, weights, dtype or x.dtype)
-    out = dtype or x.dtype
+        return fused_linears_fwd(xs, weights, out, norm, residual)
     wide = torch.promote_types(x.dtype, out)
-    return tuple(F.linear(y.to(wide), w.to(wide)).to(out) for y, w in zip(xs, weights, strict=True))
+    if norm is not None:
+        xs = [rms_norm(y, *norm) for y in xs]
+    ys = tuple(F.linear(y.to(wide), w.to(wide)).to(out) for y, w in zip(xs, weights, strict=True))
+    return ys if residual is None else (residual + ys[0],)

@@ -15,7 +15,6 @@ with a fence between the threads' writes and the `wgmma` that reads them.
 import functools
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,6 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kimi_kernels.dispatch import capability
 from kimi_kernels.mla_decode_triton import LOW, count_visible, find_run
+from kimi_kernels.overlap import wait_for_inputs
 from kimi_kernels.triton_math import RCP_LN2, ex2
 
 
@@ -75,8 +75,6 @@ def latent_decode_gluon(
     BM: gl.constexpr, BN: gl.constexpr, BB: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """As `latent_decode_kernel`; c_tiles and r_tiles describe the latents [B, S, L]."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     W: gl.constexpr = gl.num_warps()
     DT: gl.constexpr = q_c.dtype.element_ty
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, BM // (W // 4), 16])
@@ -111,6 +109,7 @@ def latent_decode_gluon(
         for k in gl.static_range(2):
             i, wanted = lo - start + k, lo + k < stop
             copy_tile(c_tiles, r_tiles, i_b, i, c_s, r_s, bars, count + k, wanted)
+        wait_for_inputs(OVERLAP)  # the queries; latents and positions come from before them
         token, o_q = i_b.to(gl.int64) * T, later(i_m) * BM
         s_m = o_q + cols(BM, SCORES)
         if positions is None:
@@ -165,6 +164,7 @@ def latent_decode_gluon(
             gl.store(p_runs, i_p + i_b)
             gl.store(p_runs + 1, (end - 1) // share - i_p + 1)
         i_b, start, lo = i_b + 1, end, stop
+    wait_for_inputs(OVERLAP)  # also where there is no run
 
 
 def takes(latent: Tensor, s_t: int, tokens: int, R: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kimi_kernels.checks import check_float, check_like, check_shape
 from kimi_kernels.dispatch import use_triton
 from kimi_kernels.moe.reference import RENORM_EPS, expert_mlp_ref, route_ref
+from kimi_kernels.rms_norm import rms_norm
 
 __all__ = ["RENORM_EPS", "expert_mlp", "route"]
 
@@ -79,8 +80,11 @@ def expert_mlp(
     index: Tensor,
     weights: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """The routed experts' SwiGLU and their weighted sum, and a shared expert's if it is given.
+
+    With `norm` a whole residual block: x plus that of rms_norm(x).
 
     Args:
         x: tokens, `[T, D]`; bf16, fp16, fp32 or fp64.
@@ -92,6 +96,7 @@ def expert_mlp(
         shared: gate and up `[F_s, D]` and down `[D, F_s]` of an expert that every token goes to,
             with weight 1; same dtype. Decoding makes it in the launches of the others; else it is
             two matrix products of its own, rounded before they are added.
+        norm: weight `[D]`, same dtype, and eps. Decoding makes norm and sum in the same launches.
 
     Returns:
         `[T, D]` in `x.dtype`. Differentiable in all of them but `index`.
@@ -121,8 +126,13 @@ def expert_mlp(
         for i, (w, want) in enumerate(zip(shared, (shape, shape, shape[::-1]), strict=True)):
             check_shape(f"shared[{i}]", w, *want)
             check_like(f"shared[{i}]", w, "x", x)
-    if not use_triton(x):
-        return expert_mlp_ref(x, gate_up, down, index, weights, shared)
-    from kimi_kernels.moe.autograd import expert_mlp_triton
+    if norm is not None:
+        check_shape("norm[0]", norm[0], D)
+        check_like("norm[0]", norm[0], "x", x)
+    if use_triton(x):
+        from kimi_kernels.moe.autograd import expert_mlp_triton
 
-    return expert_mlp_triton(x, gate_up, down, index, weights, shared)
+        return expert_mlp_triton(x, gate_up, down, index, weights, shared, norm)
+    if norm is not None:
+        return x + expert_mlp_ref(rms_norm(x, *norm), gate_up, down, index, weights, shared)
+    return expert_mlp_ref(x, gate_up, down, index, weights, shared)

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from kimi_kernels.moe.experts_bwd_triton import expert_mlp_bwd
-from kimi_kernels.moe.experts_triton import expert_mlp_fwd
+from kimi_kernels.moe.experts_triton import expert_mlp_fwd, few_slots
 from kimi_kernels.moe.grouped_gemm import row_tile
 from kimi_kernels.moe.plan_triton import Plan, max_tiles
 from kimi_kernels.moe.reference import shared_mlp
 from kimi_kernels.operators import wants_gradient
+from kimi_kernels.rms_norm import rms_norm
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -20,16 +21,20 @@ def expert_mlp_triton(
     index: Tensor,
     weights: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None,
+    norm: tuple[Tensor, float] | None,
 ) -> Tensor:
     """`expert_mlp_fwd`, differentiable; an operator only for a compiler, as it costs host time."""
     args = (x, gate_up, down, index, weights)
-    save = wants_gradient(*args, *(shared or ()))
+    save = wants_gradient(*args, *(shared or ()), *(norm or ()))
+    plain = not (save or torch.compiler.is_compiling())
+    if norm is not None and not (plain and few_slots(gate_up, index, shared)):
+        return x + expert_mlp_triton(rms_norm(x, *norm), *args[1:], shared, None)
+    if plain:
+        return expert_mlp_fwd(*args, shared=shared, norm=norm)[0]
     if torch.compiler.is_compiling():
         y = expert_mlp_op(*args, save)[0]
-    elif save:
-        y = Experts.apply(*args, save)[0]
     else:
-        return expert_mlp_fwd(*args, shared=shared)[0]
+        y = Experts.apply(*args, save)[0]
     return y if shared is None else y + shared_mlp(x, *shared)
 
 

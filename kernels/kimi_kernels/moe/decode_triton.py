@@ -1,9 +1,9 @@
 """Triton forward of the experts, routed and shared, for a few slots (token, j): decoding.
 
 Two launches of dot products in fp32, which stream the chosen experts' weights; no sort, no tiles. A
-small batch seldom chooses an expert twice, and then finds it in L2. A program is one warp: vectors
-and rows of weights have one layout then, so that nothing goes through shared memory, no barrier
-stops the loads, and ptxas keeps about twenty of 16 bytes per thread under way.
+small batch seldom chooses an expert twice, and then finds it in L2. A program is one or two warps:
+vectors and rows of weights have one layout then, so that nothing goes through shared memory, no
+barrier stops the loads, and ptxas keeps about twenty of 16 bytes per thread under way.
 """
 
 import torch
@@ -11,38 +11,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.overlap import overlap, wait_for_inputs
 from kimi_kernels.triton_math import sigmoid
 
 DECODE_SLOTS = 64
-ROWS, COLUMNS = 2, 256  # of weights, per step of a program: 16 bytes per thread and row
+# rows and columns of weights per step of a program, 16 bytes per thread and row
+HIDDEN_TILE, SUM_TILE = (1, 256), (2, 512)
 
 
 @triton.jit
 def hidden_features(
-    x, gate, up, h, i_f,
+    x, norm, eps, gate, up, h, i_f,
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """BF features of h [F] = SiLU(gate x) up x."""
+    """BF features of h [F] = SiLU(gate x) up x; with a norm [D], of x / RMS(x) norm."""
     o_f, o_d = i_f * BF + tl.arange(0, BF), tl.arange(0, BD)
     m_f, at = (o_f < F)[:, None], o_f.to(tl.int64)[:, None] * D + o_d[None, :]
     b_gate, b_up = tl.zeros([BF, BD], tl.float32), tl.zeros([BF, BD], tl.float32)
+    squares = tl.zeros([BD], tl.float32)
     for d in tl.static_range(0, D, BD):
         m_d = o_d < D - d
-        b_x = tl.load(x + d + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        b_x = tl.load(x + d + o_d, mask=m_d, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += b_x * b_x
+            b_x *= tl.load(norm + d + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_x = b_x[None, :]
         m = m_f & m_d[None, :]
-        b_gate += tl.load(gate + at + d, mask=m, other=0.0).to(tl.float32) * b_x
-        b_up += tl.load(up + at + d, mask=m, other=0.0).to(tl.float32) * b_x
+        b_g = tl.load(gate + at + d, mask=m, other=0.0, eviction_policy="evict_first")
+        b_u = tl.load(up + at + d, mask=m, other=0.0, eviction_policy="evict_first")
+        b_gate += b_g.to(tl.float32) * b_x
+        b_up += b_u.to(tl.float32) * b_x
     g, u = tl.sum(b_gate, 1), tl.sum(b_up, 1)
+    if norm is not None:
+        r = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+        g, u = g * r, u * r
     tl.store(h + o_f, (g * sigmoid(g) * u).to(h.dtype.element_ty), mask=o_f < F)
 
 
 @triton.jit
 def decode_hidden_kernel(
-    x, w, gate, up, index, h,
+    x, norm, w, gate, up, index, h, eps,
     E: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    BF: tl.constexpr, BD: tl.constexpr,
+    BF: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BF features of a slot of h [T, TOP_K + SHARED, F], the last by gate, up [SHARED F, D]."""
+    wait_for_inputs(OVERLAP)
     NF: tl.constexpr = (F + BF - 1) // BF
     slot, i_f = tl.program_id(0) // NF, tl.program_id(0) % NF
     i_t, j = slot // (TOP_K + SHARED), slot % (TOP_K + SHARED)
@@ -52,10 +65,10 @@ def decode_hidden_kernel(
         i_e = tl.load(index + i_t * TOP_K + j)
         if (i_e >= 0) & (i_e < E):
             w += i_e * (2 * F * D)
-            hidden_features(x, w, w + F * D, h, i_f, D, F, BF, BD)
+            hidden_features(x, norm, eps, w, w + F * D, h, i_f, D, F, BF, BD)
     elif SHARED > 0:
         first = (j - TOP_K) * (F * D)
-        hidden_features(x, gate + first, up + first, h, i_f, D, F, BF, BD)
+        hidden_features(x, norm, eps, gate + first, up + first, h, i_f, D, F, BF, BD)
 
 
 @triton.jit
@@ -69,18 +82,23 @@ def add_outputs(
         for f in tl.static_range(0, 4 * BF, BF):
             m_f = here & (o_f < F - f0 - f)
             b_h = tl.load(h + f0 + f + o_f, mask=m_f, other=0.0).to(tl.float32)
-            b_w = tl.load(w + f0 + f, mask=m_d & m_f[None, :], other=0.0).to(tl.float32)
-            acc += b_w * (b_h * weight)[None, :]
+            m = m_d & m_f[None, :]
+            b_w = tl.load(w + f0 + f, mask=m, other=0.0, eviction_policy="evict_first")
+            acc += b_w.to(tl.float32) * (b_h * weight)[None, :]
     return acc
 
 
 @triton.jit
 def decode_sum_kernel(
-    h, w, down, index, weights, out,
+    h, w, down, index, weights, residual, out,
     E: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    BF: tl.constexpr, BD: tl.constexpr,
+    BF: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BD channels of out [T, D] = sum_j weights[t, j] h[t, j] w^T + h[t, TOP_K:] down^T."""
+    """BD channels of out [T, D] = sum_j weights[t, j] h[t, j] w^T + h[t, TOP_K:] down^T.
+
+    Plus `residual` [T, D] if it is given.
+    """
+    wait_for_inputs(OVERLAP)
     ND: tl.constexpr = (D + BD - 1) // BD
     i_t, i_d = tl.program_id(0) // ND, tl.program_id(0) % ND
     o_d, o_f = (i_d * BD + tl.arange(0, BD)).to(tl.int64)[:, None], tl.arange(0, BF)[None, :]
@@ -96,7 +114,10 @@ def decode_sum_kernel(
         p_w = down + o_d * (SHARED * F) + j * F + o_f
         acc = add_outputs(acc, h + (TOP_K + j) * F, p_w, 1.0, True, m_d, F, BF)
     o_d = i_d * BD + tl.arange(0, BD)
-    tl.store(out + i_t * D + o_d, tl.sum(acc, 1).to(out.dtype.element_ty), mask=o_d < D)
+    b_y = tl.sum(acc, 1)
+    if residual is not None:
+        b_y += tl.load(residual + i_t * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    tl.store(out + i_t * D + o_d, b_y.to(out.dtype.element_ty), mask=o_d < D)
 
 
 def decode_experts(
@@ -106,20 +127,24 @@ def decode_experts(
     index: Tensor,
     weights: Tensor,
     shared: tuple[Tensor, ...] | None = None,
+    norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """y [T, D]; arguments as `expert_mlp`, contiguous, not empty; F features divide the shared."""
+    norm_weight, eps, residual = (None, 0.0, None) if norm is None else (*norm, x)
     (T, D), (E, F2, _), top_k = x.shape, gate_up.shape, index.shape[1]
     F, gate, up, own = F2 // 2, *((None,) * 3 if shared is None else shared)
     S = 0 if gate is None else gate.shape[0] // F
     h = torch.empty(T * (top_k + S), F, dtype=x.dtype, device=x.device)
     out = torch.empty(T, D, dtype=x.dtype, device=x.device)
     meta = {"E": E, "TOP_K": top_k, "SHARED": S, "D": D, "F": F}
-    BF, BD = ROWS, min(COLUMNS, triton.next_power_of_2(D))
+    BF, BD = HIDDEN_TILE
     decode_hidden_kernel[(len(h) * triton.cdiv(F, BF),)](
-        x, gate_up, gate, up, index, h, BF=BF, BD=BD, num_warps=1, **meta
-    )
-    BD, BF = ROWS, min(COLUMNS, triton.next_power_of_2(F))
+        x, norm_weight, gate_up, gate, up, index, h, eps,
+        BF=BF, BD=min(BD, triton.next_power_of_2(D)), num_warps=1, **meta, **overlap(x.device),
+    )  # fmt: skip
+    BD, BF = SUM_TILE
     decode_sum_kernel[(T * triton.cdiv(D, BD),)](
-        h, down, own, index, weights, out, BF=BF, BD=BD, num_warps=1, **meta
-    )
+        h, down, own, index, weights, residual, out,
+        BD=BD, BF=min(BF, triton.next_power_of_2(F)), num_warps=2, **meta, **overlap(x.device),
+    )  # fmt: skip
     return out

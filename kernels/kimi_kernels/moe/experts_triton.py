@@ -117,6 +117,13 @@ def combine(y: Tensor, plan: Plan, weights: Tensor | None, T: int) -> Tensor:
     return out
 
 
+def few_slots(gate_up: Tensor, index: Tensor, shared: tuple[Tensor, ...] | None) -> bool:
+    """Whether decode_triton.py takes so few tokens, with such a shared expert."""
+    E, F2, D = gate_up.shape
+    whole = shared is None or 2 * len(shared[0]) % max(F2, 1) == 0
+    return 0 not in (index.numel(), D, E, F2) and index.numel() <= DECODE_SLOTS and whole
+
+
 def expert_mlp_fwd(
     x: Tensor,
     gate_up: Tensor,
@@ -125,20 +132,21 @@ def expert_mlp_fwd(
     weights: Tensor,
     save: bool = False,
     shared: tuple[Tensor, ...] | None = None,
+    norm: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor, Plan]:
     """y [T, D], and for the backward pass if `save`: gate | up [S, 2F] by row, and the plan.
 
-    Both are without elements if not `save`. Arguments as `expert_mlp`, checked.
+    Both are without elements if not `save`. Arguments as `expert_mlp`, checked; a norm only with
+    `few_slots`.
     """
     x, gate_up, down, index, weights = (t.contiguous() for t in (x, gate_up, down, index, weights))
     (T, D), (E, F2, _), (S, top_k) = x.shape, gate_up.shape, (index.numel(), index.shape[1])
     nothing = Plan(*(index.new_empty(n, dtype=torch.int32) for n in ((0,), (0,), (0,), (3, 0))))
-    some, whole = 0 not in (S, D, E, F2), shared is None or 2 * len(shared[0]) % max(F2, 1) == 0
-    if some and S <= DECODE_SLOTS and not save and whole:
+    if not save and few_slots(gate_up, index, shared):
         shared = None if shared is None else tuple(w.contiguous() for w in shared)
-        y = decode_experts(x, gate_up, down, index, weights, shared)
+        y = decode_experts(x, gate_up, down, index, weights, shared, norm)
         return y, x.new_empty(0, F2), nothing
-    if some:
+    if 0 not in (S, D, E, F2):
         tile = row_tile(S, E, x.dtype, x.device)
         plan = plan_slots(index, E, tile.BM)
         h, gu = hidden_rows(x, gate_up, plan, tile, top_k, save)

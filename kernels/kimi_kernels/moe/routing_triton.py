@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kimi_kernels.moe.reference import RENORM_EPS
 from kimi_kernels.operators import dispatch
+from kimi_kernels.overlap import overlap, wait_for_inputs
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -56,8 +57,10 @@ def route_fwd_kernel(
     scale,
     E: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr,
     RENORM: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token per program: the best expert, TOP_K times over."""
+    wait_for_inputs(OVERLAP)
     i_t = tl.program_id(0).to(tl.int64)
     SIZE: tl.constexpr = E // N_GROUP
     o_g, o_s, o_k = tl.arange(0, BG)[:, None], tl.arange(0, BS)[None, :], tl.arange(0, BK)
@@ -130,6 +133,7 @@ def route_fwd(
             logits.contiguous(), bias.contiguous(), weights, index, scale,
             E=E, N_GROUP=n_group, TOPK_GROUP=topk_group, TOP_K=top_k, RENORM=renormalize,
             BG=BG, BS=BS, BK=triton.next_power_of_2(top_k), num_warps=warps(BG * BS),
+            **overlap(logits.device),
         )  # fmt: skip
     return weights, index
 

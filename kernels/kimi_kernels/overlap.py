@@ -1,0 +1,39 @@
+"""Kernels that begin while the one before them runs: programmatic dependent launch, on Hopper.
+
+Between two small kernels a GPU is idle for 2 us, and each then starts by fetching weights. Inside
+of `dispatch.overlapping` a kernel is launched, and reads its weights, while the one before works:
+
+    what no kernel writes       weights; what the kernels before the last one have written
+    wait_for_inputs             all that came before has ended, the next kernel may begin
+    everything else
+
+Every kernel of such a chain passes `wait_for_inputs` in each of its programs. So whatever stands
+before it may count on all kernels but the one just before. Kernels of other libraries do not begin
+early, and the first kernel after one of them begins when it ends.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kimi_kernels.dispatch import capability, may_overlap
+
+
+def overlap(device: torch.device, always: bool = False) -> dict[str, Any]:
+    """Options of a launch whose kernel calls `wait_for_inputs`: whether it begins early.
+
+    always: also outside of `overlapping`, after a kernel of the same op.
+    """
+    able = capability(device) >= (9, 0)
+    early = able and (always or may_overlap())
+    return {"OVERLAP": able} | ({"launch_pdl": True} if early else {})
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """The kernels before have ended, and what they have written is there from here on."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
