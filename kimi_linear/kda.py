@@ -1,10 +1,12 @@
 """Kimi Delta Attention, the mixer of three layers out of four (arXiv 2510.26692, section 4)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from kimi_kernels import causal_conv, fused_kda, gated_rms_norm, kda_step
 from kimi_linear.cache import KDALayerCache, KimiLinearCache
@@ -12,6 +14,10 @@ from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layout import DECODE_TOKENS, TokenLayout
 from kimi_linear.linear import is_bare, project
 from kimi_linear.norm import KimiLinearRMSNorm
+
+logger = logging.get_logger(__name__)
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 class ShortConvolution(nn.Conv1d):
@@ -46,9 +52,12 @@ class ForgetGate(nn.Module):
         self.A_log = nn.Parameter(torch.empty(1, 1, H, 1, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [b, t, D] -> the raw gate [b, t, H, K], A_log [H], dt_bias [H K]."""
-        f = self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.A_log.numel(), -1))
-        return f, self.A_log.flatten(), self.dt_bias
+        """x [b, t, D] -> the raw gate [b, t, H K], A_log [H], dt_bias [H K]."""
+        half = torch.autocast(x.device.type, x.dtype) if x.dtype in HALF else nullcontext()
+        with half:
+            f = self.f_b_proj(self.f_a_proj(x))  # weights in fp32: see fsdp.py
+        # copies: FSDP frees what it gathered when this returns
+        return f, self.A_log.flatten().clone(), self.dt_bias.clone()
 
 
 class GatedRMSNorm(nn.Module):
@@ -96,13 +105,18 @@ class KimiDeltaAttention(nn.Module):
                 forget.f_a_proj, self.g_a_proj, self.b_proj, norm=norm,
             )  # fmt: skip
             f, g = project((f, g), forget.f_b_proj, self.g_b_proj)
-            f, A_log, dt_bias = f.unflatten(-1, self.heads), forget.A_log.flatten(), forget.dt_bias
+            A_log, dt_bias = forget.A_log.flatten(), forget.dt_bias
         else:
             x = x if norm is None else norm(x)
             xs = project(x, self.q_proj, self.k_proj, self.v_proj)
             f, A_log, dt_bias = forget(x)
             b, g = self.b_proj(x), self.g_b_proj(self.g_a_proj(x))
-        gate = g.unflatten(-1, self.heads)
+        if self.training and A_log.dtype in HALF:
+            logger.warning_once(
+                f"A_log is {A_log.dtype}, which moves decays by up to 0.4 %; from_pretrained keeps "
+                "it in float32, and under FSDP 2 kimi_linear.fsdp.shard_gates does"
+            )
+        f, gate = f.unflatten(-1, self.heads), g.unflatten(-1, self.heads)
         layer = None if cache is None else cast(KDALayerCache, cache.layers[self.layer_idx])
         weight, o_norm = self.conv1d.weight.squeeze(1), self.o_norm
         if cache is not None:

@@ -1,9 +1,10 @@
 """Linear layers that may be adapted, quantized, offloaded or split, and those that are plain."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kimi_kernels import fused_linears
@@ -23,6 +24,26 @@ def has_plain_weight(module: nn.Module, x: Tensor) -> bool:
     """Whether a kernel may read its weight instead of calling it: bare, not split, dtype of x."""
     w = module.weight
     return is_bare(module) and type(w) in (Tensor, nn.Parameter) and w.dtype == x.dtype
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether calling it runs its class's forward on weights that FSDP 2 gathers for it alone."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+    own = all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
+    return isinstance(module, FSDPModule) and own and "forward" not in vars(module)
+
+
+def call_as(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `function` gives, called with the module's hooks around it in place of its forward."""
+    vars(module)["forward"] = function
+    try:
+        return module(*args, **kwargs)
+    finally:
+        del vars(module)["forward"]
 
 
 def are_plain(modules: Sequence[nn.Module], x: Tensor) -> bool:

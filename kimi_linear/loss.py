@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from kimi_kernels.dispatch import use_triton
-from kimi_linear.linear import is_bare
+from kimi_linear.linear import call_as, is_bare, is_sharded
 
 LIGER = "0.8.5"  # or later; earlier ones have another signature
 try:
@@ -49,9 +49,10 @@ def why_not_fused(model: Any, labels: Tensor | None, logits_to_keep: int | Tenso
     """What keeps the fused loss from being used, or None.
 
     The weight is read without calling `lm_head`. That is right where it is a whole, plain tensor
-    during the model's forward, as under FSDP when the head is in the unit of the whole model; not
-    where something around the call fetches, adds or splits it: a unit of FSDP of its own, DeepSpeed
-    ZeRO-3, tensor parallelism, adapters, quantization, offloading.
+    during the model's forward, as under FSDP when the head is in the unit of the whole model; in a
+    unit of FSDP 2 of its own, accelerate's way, the loss takes the place of the head's forward. Not
+    where something else around the call fetches, adds or splits it: DeepSpeed ZeRO-3, tensor
+    parallelism, adapters, quantization, offloading.
     """
     if torch.compiler.is_compiling():  # first: nothing below is traced
         return "torch.compile cannot trace the fused loss"
@@ -62,12 +63,14 @@ def why_not_fused(model: Any, labels: Tensor | None, logits_to_keep: int | Tenso
     if model.loss_function is not ForCausalLMLoss:
         return "loss_function is not transformers' ForCausalLMLoss"
     head = model.lm_head
-    if type(head) is not nn.Linear or head.bias is not None:
+    sharded = is_sharded(head)
+    kind = type(head).__bases__[-1] if sharded else type(head)  # FSDP makes a class of two
+    if kind is not nn.Linear or head.bias is not None:
         return f"lm_head is a {type(head).__name__}, want a torch.nn.Linear without bias"
-    if not is_bare(head):
+    if not (sharded or is_bare(head)):
         return "lm_head has hooks or a forward of its own"
     weight, shape = head.weight, [model.config.vocab_size, model.config.hidden_size]
-    if type(weight) not in (Tensor, nn.Parameter):
+    if not sharded and type(weight) not in (Tensor, nn.Parameter):
         return f"lm_head.weight is a {type(weight).__name__}, want a plain tensor"
     if list(weight.shape) != shape:
         return f"lm_head.weight has shape {list(weight.shape)}, want {shape}"
@@ -76,6 +79,17 @@ def why_not_fused(model: Any, labels: Tensor | None, logits_to_keep: int | Tenso
     if not use_triton(weight):
         return f"no Triton kernel runs: lm_head.weight is {weight.dtype} on {weight.device}"
     return None
+
+
+def head_loss(head: nn.Linear, x: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+    """`fused_loss` with the weight of `head`, which FSDP 2 may have to gather."""
+
+    def loss(x: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        return fused_loss(x, head.weight, labels, **kwargs)
+
+    if is_sharded(head):
+        return call_as(head, loss, x, labels, **kwargs)
+    return loss(x, labels, **kwargs)
 
 
 def fused_loss(

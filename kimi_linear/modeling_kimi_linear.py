@@ -20,7 +20,7 @@ from kimi_linear.decode import captured_step, decode_graphs
 from kimi_linear.kda import ForgetGate, GatedRMSNorm, KimiDeltaAttention
 from kimi_linear.layout import TokenLayout, plan_tokens
 from kimi_linear.linear import decodes
-from kimi_linear.loss import fused_loss, skips_logits
+from kimi_linear.loss import head_loss, skips_logits
 from kimi_linear.mla import KimiLatentAttention
 from kimi_linear.moe import (
     KimiLinearExperts,
@@ -365,7 +365,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
         logits = None if skip else self.lm_head(x[:, keep])
         if labels is not None:
             if skip:
-                loss = fused_loss(x, self.lm_head.weight, labels, **loss_kwargs)
+                loss = head_loss(self.lm_head, x, labels, **loss_kwargs)
             else:
                 loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_kwargs)
             coef = self.config.router_aux_loss_coef

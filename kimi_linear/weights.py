@@ -6,6 +6,7 @@ layer under the name that the release uses, and an error that names every tensor
 has the wrong shape.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 
@@ -19,6 +20,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     revert_weight_conversion,
 )
+from transformers.distributed.fsdp import is_fsdp_enabled
 
 SHOWN = 8  # tensor names per kind of error
 MOE_PARTS = ("gate", "experts", "shared_experts")
@@ -107,8 +109,14 @@ def check_placement(model: PreTrainedModel) -> None:
     """Refuse what transformers (5.17 to 5.23) loads wrongly, its native model included.
 
     Raises:
-        ValueError: layers are split between processes, or the merged convolutions are sharded.
+        ValueError: layers are split between processes, the merged convolutions are sharded, or
+            accelerate's FSDP 2 wants to send the weights of rank 0 to the others.
     """
+    if is_fsdp_enabled() and os.environ.get("FSDP_VERSION") == "2":
+        raise ValueError(
+            "FSDP_CPU_RAM_EFFICIENT_LOADING is true: accelerate (1.15) sends no buffers from rank "
+            "0 to the others, and routers have one each. Want fsdp_cpu_ram_efficient_loading: false"
+        )
     if hasattr(model, "_pp_stage"):
         raise ValueError("distributed_config.pp_size: pipeline parallelism is not supported")
     for name, x in model.named_parameters():

@@ -144,7 +144,8 @@ def test_scalar_gate_is_one_per_head():
     model = build("scalar", 8, 3, 16)
     gate = model.model.layers[0].self_attn.forget_gate
     f, A_log, dt_bias = gate(x)
-    assert f.shape == (2, 5, 3, 16) and A_log.shape == (3,) and dt_bias.shape == (48,)
+    assert f.shape == (2, 5, 48) and A_log.shape == (3,) and dt_bias.shape == (48,)
+    f = f.unflatten(-1, (3, 16))
     torch.testing.assert_close(f, f[..., :1].expand_as(f))
     assert (dt_bias.view(3, 16) == dt_bias.view(3, 16)[:, :1]).all()
     assert f.std() > 0 and 1e-3 < torch.nn.functional.softplus(dt_bias).max() < 0.11

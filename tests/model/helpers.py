@@ -7,7 +7,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
+from transformers import TrainingArguments
 from transformers.models.kimi_linear.modeling_kimi_linear import (
     KimiLinearForCausalLM as NativeForCausalLM,
 )
@@ -88,18 +91,25 @@ def native_twin(model: KimiLinearForCausalLM, **kwargs) -> NativeForCausalLM:
         return NativeForCausalLM.from_pretrained(folder, **kwargs).eval()
 
 
-def run_two_processes(script: Path, *args: str) -> None:
+def run_two_processes(script: Path, *args: str, processes: int = 2) -> None:
     """Run a script under torch's launcher; fails with what it wrote last."""
     root = Path(__file__).parents[2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch.append(f"--nproc-per-node={processes}")
     run = subprocess.run(
         [*launch, str(script), *args],
         env=os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr[-6000:]
+
+
+def treat_as_gpus(arguments: TrainingArguments) -> None:
+    """Before a Trainer is made: accelerate ignores FSDP on CPUs, and refuses split models there."""
+    if arguments.device.type == "cpu":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def random_ids(config: KimiLinearConfig, *shape: int, seed: int = 1) -> Tensor:

@@ -310,22 +310,26 @@ def test_compiling(model, ids):
 
 
 def test_sharded_models(model, ids):
-    """FSDP: the weight is whole where the head is in the unit of the model, else its call is."""
+    """FSDP: the head in the unit of the model, in one of its own, and in one with the last norm."""
     backend = "gloo" if DEVICE == "cpu" else "nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh(DEVICE, (1,))
         want, expected = step(model, ids, skip_logits=False)
-        for own_unit in (False, True):
+        for unit in (None, ["lm_head"], ["model.norm", "lm_head"]):
             sharded = copy.deepcopy(model)
-            if own_unit:
-                fully_shard(sharded.lm_head, mesh=mesh)
+            if unit:
+                fully_shard([sharded.get_submodule(name) for name in unit], mesh=mesh)
             fully_shard(sharded, mesh=mesh)
             got, grads = step(sharded, ids)
-            assert (got.logits is not None) == own_unit
+            assert got.logits is None
             assert rel_err(got.loss, want.loss) < LIMIT
             for name, grad in grads.items():
                 assert grad is None or rel_err(grad.full_tensor(), expected[name]) < LIMIT, name
+            assert step(sharded, ids, skip_logits=False)[0].logits.shape == (2, 33, 97)
+            if unit:
+                hooked(sharded)
+                assert why_not_fused(sharded, ids, 0).startswith("lm_head is a FSDPLinear")
         model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh))
         assert why_not_fused(model, ids, 0) == "lm_head.weight is a DTensor, want a plain tensor"
     finally:

@@ -22,7 +22,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import (
     KimiLinearForCausalLM as NativeForCausalLM,
 )
 
-from kimi_linear import KimiLinearForCausalLM, LoadBalancingCallback
+from kimi_linear import KimiLinearForCausalLM, LoadBalancingCallback, kda
 from kimi_linear.optim import muon
 from kimi_linear.text import BYTES, byte_tokenizer
 from tests.helpers import FLOOR, rel_err
@@ -152,9 +152,13 @@ def test_bf16(collator, tmp_path):
         assert all(x.dtype == torch.float32 for x in saved.values())
 
 
-def test_a_bf16_model_stays_one(tmp_path, model):
+def test_a_bf16_model_stays_one(tmp_path, model, monkeypatch):
+    """Also what from_pretrained would have kept in fp32, with a warning."""
     model.to(torch.bfloat16)
+    warnings = []
+    monkeypatch.setattr(kda.logger, "warning_once", warnings.append)
     train(model, tmp_path, 2, bf16=True)
+    assert "A_log is torch.bfloat16" in warnings[0]
     again = KimiLinearForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     assert again.dtype == torch.bfloat16
     assert_same(again, model)
