@@ -10,17 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.balance import count_tokens, expert_routers, take_counts, update_biases
 from kimi_linear.parallel import expert_parallel
 from tests.helpers import assert_as_good_as
-from tests.model.helpers import build, random_ids, run_two_processes, small_config
+from tests.model.helpers import build, random_ids, run_two_processes, small_config, treat_as_gpus
 
 CONFIG = small_config(vocab_size=98, num_experts_per_token=3, router_aux_loss_coef=0.1)
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+COLLATOR = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+RATE = 0.1
+TRAINS = Version(transformers.__version__) >= Version("5.18")
 Model = KimiLinearForCausalLM
 
 
@@ -76,6 +82,52 @@ def check_saving(split: Model, folder: Path, rank: int) -> None:
         assert config[0] == config[1]
 
 
+def check_trainer(split: Model, whole: Model, folder: Path) -> None:
+    """Three steps of SGD by a Trainer are those of a loop over the whole model."""
+    rows = [random_ids(CONFIG, 20 + i, seed=i).tolist() for i in range(4)]
+    packed = COLLATOR([{"input_ids": row} for row in rows])
+    batch = {k: x.to(split.device) if isinstance(x, Tensor) else x for k, x in packed.items()}
+    arguments = TrainingArguments(
+        str(folder / "trained"),
+        max_steps=3,
+        per_device_train_batch_size=len(rows),
+        optim="sgd",
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        gradient_checkpointing=True,
+        save_only_model=True,
+        save_steps=3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=split.device.type == "cpu",
+        disable_tqdm=True,
+    )
+    data = [{"input_ids": row} for row in rows]
+    treat_as_gpus(arguments)
+    trainer = Trainer(split, arguments, train_dataset=data, data_collator=COLLATOR)
+    gold = copy.deepcopy(whole).double()
+    trainer.train()
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry]]
+    for model in (whole, gold):
+        losses.append([])
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=RATE)
+        for _ in range(3):
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert_as_good_as("losses", *map(torch.tensor, losses))
+    trained = load_file(folder / "trained" / "checkpoint-3" / "model.safetensors")
+    assert trained.keys() == load_file(folder / "model.safetensors").keys()
+    saved = Model.from_pretrained(folder / "trained" / "checkpoint-3").to(split.device)
+    for (name, x), *others in zip(
+        saved.named_parameters(), whole.parameters(), gold.parameters(), strict=True
+    ):
+        assert_as_good_as(name, x, *others)
+
+
 def check_refusal(folder: Path) -> None:
     with pytest.raises(ValueError, match="evenly shard 7 experts across 2"):
         Model.from_pretrained(folder, num_experts=7, distributed_config=expert_parallel())
@@ -93,6 +145,8 @@ def main(folder: Path) -> None:
     for model in (split, whole):
         model.gradient_checkpointing_enable()
     check_training(split, whole, ids)
+    if TRAINS:
+        check_trainer(split, whole, folder)
     check_refusal(folder)
     dist.destroy_process_group()
 
