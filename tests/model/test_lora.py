@@ -85,27 +85,49 @@ def test_trainable_parameters_of_the_released_model():
             assert number in lora_config.__doc__
 
 
-def test_training_changes_the_adapter_alone(tmp_path, model):
-    tuned = get_peft_model(model, lora_config(4, experts=True))
+def train(tuned: PeftModel, folder: Path, **options) -> None:
+    """Four optimizer steps by a Trainer, which saves the adapter after each second one."""
     tuned.enable_input_require_grads()
-    before = copy.deepcopy(tuned.state_dict())
-    rows = [{"input_ids": random_ids(model.config, 20, seed=i).tolist()} for i in range(8)]
+    config = tuned.get_base_model().config
+    rows = [{"input_ids": random_ids(config, 20, seed=i).tolist()} for i in range(8)]
     arguments = TrainingArguments(
-        str(tmp_path),
+        str(folder),
         max_steps=4,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         weight_decay=0.1,
         gradient_checkpointing=True,
         use_cpu=True,
-        save_strategy="no",
+        save_steps=2,
         disable_tqdm=True,
     )
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    Trainer(tuned, arguments, train_dataset=rows, data_collator=collator).train()
+    trainer = Trainer(tuned, arguments, train_dataset=rows, data_collator=collator)
+    trainer.train(**options)
+
+
+def test_training_changes_the_adapter_alone(tmp_path, model):
+    tuned = get_peft_model(model, lora_config(4, experts=True))
+    before = copy.deepcopy(tuned.state_dict())
+    train(tuned, tmp_path)
     for name, x in tuned.state_dict().items():
         assert torch.equal(x, before[name]) == ("lora_" not in name), name
     assert {n.split(".")[-1] for n in before} >= {"A_log", "dt_bias", "e_score_correction_bias"}
+
+
+def test_a_trained_adapter_is_resumed_and_merged(tmp_path, model, ids):
+    """Bit for bit; the merged file gives the trained logits, in transformers' own class as well."""
+    twin = copy.deepcopy(model)
+    tuned, resumed = (get_peft_model(m, lora_config(4, experts=True)) for m in (model, twin))
+    train(tuned, tmp_path / "a")
+    train(resumed, tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    want = tuned.state_dict()
+    assert all(torch.equal(x, want[name]) for name, x in resumed.state_dict().items())
+    logits = tuned.eval()(ids).logits.detach()
+    resumed.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for cls in (KimiLinearForCausalLM, NativeForCausalLM):
+        loaded = cls.from_pretrained(tmp_path / "merged").eval()
+        assert rel_err(loaded(ids).logits, logits) < LIMIT
 
 
 def test_the_experts_see_the_sum(model, ids, monkeypatch):
