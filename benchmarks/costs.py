@@ -7,7 +7,7 @@ fewest that must pass through device memory, each input read and each output wri
 from importlib import import_module
 from typing import Any
 
-from benchmarks import model_step
+from benchmarks import model_step, trainer_step
 from benchmarks.inputs import DTYPE, TOP_K, Shape
 
 SIZE = DTYPE.itemsize  # bytes
@@ -112,6 +112,16 @@ def train_step_flops(s: Shape) -> float:
 def train_step_bytes(s: Shape) -> float:
     """Every weight in, every gradient out."""
     return 2 * SIZE * _model(s)[1]["total"]
+
+
+def trainer_step_flops(s: Shape) -> float:
+    """Those of a training step on the documents; clipping and SGD have few."""
+    return train_step_flops(trainer_step.as_rows(s))
+
+
+def trainer_step_bytes(s: Shape) -> float:
+    """A training step; gradients in for their norm; both in for the update, weights out."""
+    return train_step_bytes(s) + 4 * SIZE * _model(s)[1]["total"]
 
 
 def prefill_flops(s: Shape) -> float:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks import costs, model_decode, model_step
+from benchmarks import costs, model_decode, model_step, trainer_step
 from benchmarks import inputs as data
 from benchmarks import providers as by
 from benchmarks.costs import SIZE
@@ -299,6 +299,23 @@ OPS = (
             "ours": Provider(model_step.ours),
             "native": _fla(model_step.native),
             "reference": Provider(reference(model_step.ours), fits=_few(2048)),
+        },
+    ),
+    Op(
+        name="trainer",
+        mode="optimizer_step",
+        tests="tests/model/test_loss.py",
+        shapes=({"B": 1, "T": 8192} | MODEL,),
+        flops=costs.trainer_step_flops,
+        bytes=costs.trainer_step_bytes,
+        inputs=model_step.inputs,
+        check=SMALL_MODEL | {"T": 512},
+        providers={
+            "ours": Provider(trainer_step.trainer),
+            "autocast": Provider(trainer_step.autocast_trainer),
+            "bare": Provider(trainer_step.bare),
+            # for the check alone
+            "reference": Provider(reference(trainer_step.bare), fits=_few(0)),
         },
     ),
     Op(

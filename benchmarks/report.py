@@ -24,14 +24,16 @@ MODES |= {"cold": "first call, nothing compiled"}
 MODES |= {"cold_train": "first forward + backward, nothing compiled"}
 MODES |= {"train_step": "forward, loss, backward", "prefill": "prompt"}
 MODES |= {"decode_step": "decode step", "generate": "`generate`, all T tokens"}
+MODES |= {"optimizer_step": "optimizer step, 8 packed documents"}
 MODES |= {"error": "gates as a model starts", "error_strong": "strong gates"}
 UNITS = {"kda_gradients": "relative RMS error of dA_log"}
 PROVIDERS = {"fla_bounded": "fla, bounded gate", "flash_kda": "FlashKDA, bounded gate"}
 PROVIDERS |= {"fla_recurrence": "fla, recurrence alone", "native": "transformers + fla"}
+PROVIDERS |= {"autocast": "ours, `bf16=True`", "bare": "bare loop"}
 PROVIDERS |= {"all_mla": "ours, every layer MLA"}
 PROVIDERS |= {name: f"transformers, {name}" for name in ("grouped_mm", "batched_mm")}
 # ours is compared with the first of them that is there
-BASELINES = ("fla", "native", "grouped_mm", "torch")
+BASELINES = ("fla", "native", "grouped_mm", "torch", "bare")
 MISSING = "-"
 T = TypeVar("T", str, tuple)
 
@@ -122,7 +124,7 @@ def memory(rows: Sequence[Row]) -> str:
     """What training needs above its inputs, in front of another sentence."""
     peaks: dict[str, list[str]] = {}
     for row in rows:
-        if row["mode"] in ("train", "train_step") and row["peak_mb"]:
+        if row["mode"] in ("train", "train_step", "optimizer_step") and row["peak_mb"]:
             name = PROVIDERS.get(row["provider"], row["provider"])
             peak = f"{name} {digits(row['peak_mb'] / 1e3)}"
             peaks.setdefault(label(row["shape"]), []).append(peak)
