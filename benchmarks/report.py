@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from benchmarks import memory
 from benchmarks.ops import OPS
 from benchmarks.plots import Drawing, draw, drawings
 from benchmarks.results import ROOT, Row, label, read
@@ -120,7 +121,7 @@ def provenance(rows: Sequence[Row], every_row: Sequence[Row]) -> str:
     return f"{', '.join(parts)}; measured {when}{at}."
 
 
-def memory(rows: Sequence[Row]) -> str:
+def peak_memory(rows: Sequence[Row]) -> str:
     """What training needs above its inputs, in front of another sentence."""
     peaks: dict[str, list[str]] = {}
     for row in rows:
@@ -138,7 +139,7 @@ def section(op: str, rows: Sequence[Row], images: Sequence[str]) -> str:
     gpu, dtype = mine[0]["gpu"], mine[0]["dtype"]
     sizes = constants(mine)
     caption = f"`{op}` on {gpu}, {dtype}{', ' if sizes else ''}{sizes}, {UNITS.get(op, 'ms')}:"
-    lines = ["", caption, "", *table(op, mine), "", memory(mine) + provenance(mine, rows), ""]
+    lines = ["", caption, "", *table(op, mine), "", peak_memory(mine) + provenance(mine, rows), ""]
     for image in images:
         lines += [f"![{op} on {gpu}: time per token]({image})", ""]
     return "\n".join(lines)
@@ -149,6 +150,8 @@ def readme_with(text: str, rows_of: dict[str, list[Row]], images: Sequence[Drawi
 
     def block(found: re.Match) -> str:
         op = found[2]
+        if op == "memory":
+            return found[1] + memory.tables(root) + found[3]
         sections = []
         for gpu, rows in rows_of.items():
             mine = [i.path for i in images if (i.gpu, i.plot.op) == (gpu, op)]
