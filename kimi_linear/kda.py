@@ -128,13 +128,18 @@ class KimiDeltaAttention(nn.Module):
             )
             return project(o.flatten(-2), self.o_proj, residual=residual)[0]
         conv_state, S = (None, None) if layer is None else layer.states()
-        keep, cu = layer is not None, layout.cu_seqlens
+        keep, cu, context = layer is not None, layout.cu_seqlens, layout.context
+        if context is not None:
+            xs, conv_state = context.conv_state(xs, weight.shape[1])
         xs, conv_state = self.conv1d(xs, conv_state, keep, cu)
         q, k, v = (y.unflatten(-1, self.heads) for y in xs)
-        o, S = fused_kda(
-            q, k, v, f, b, A_log, dt_bias,
-            initial_state=S, output_final_state=keep, cu_seqlens=cu,
-        )  # fmt: skip
+        if context is not None:
+            o = context.delta_rule(q, k, v, f, b, A_log, dt_bias)
+        else:
+            o, S = fused_kda(
+                q, k, v, f, b, A_log, dt_bias,
+                initial_state=S, output_final_state=keep, cu_seqlens=cu,
+            )  # fmt: skip
         if layer is not None:
             layer.update_conv_state(cast(Tensor, conv_state))
             layer.update_recurrent_state(cast(Tensor, S))

@@ -7,12 +7,18 @@ tokens, `[1, n, D]`, cut into sequences by `cu_seqlens`. No layer then ever sees
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kimi_kernels.checks import count_sequences, sequence_bounds
 
+if TYPE_CHECKING:
+    from kimi_linear.context import ContextSpan
+
+# what transformers' flattening collators add to say that a row is packed
+PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 DECODE_TOKENS = 8  # new tokens up to which a forward after others is a decode step
 
 
@@ -30,6 +36,7 @@ class TokenLayout:
     )
     lengths: Tensor | None = None  # [B] tokens per row after this forward; None: the same for all
     static: bool = False  # MLA attends to the whole latent buffer, whatever it is filled to
+    context: ContextSpan | None = None  # these tokens are a span of a row over several processes
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> what the layers work on: itself, or one row `[1, n, ...]`."""
@@ -119,6 +126,22 @@ def plan_tokens(
     layout.positions = order.clamp(min=0) if past else None
     layout.lengths = start + real.sum(1)
     return layout
+
+
+def packing_arguments(cu_seqlens: Tensor | None, kwargs: dict[str, Any]):
+    """cu_seqlens and seq_idx out of a forward's arguments; nothing else may be in them."""
+    given = [k for k, x in kwargs.items() if x is not None and x is not False]
+    unknown = [k for k in given if k not in PACKING_KEYS]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not an argument of a Kimi Linear forward")
+    q, k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    for name, other in (("cu_seq_lens_q", q), ("cu_seq_lens_k", k)):
+        if other is None:
+            continue
+        if cu_seqlens is not None and not torch.equal(other.flatten(), cu_seqlens):
+            raise ValueError(f"{name} differs from the other cumulative sequence lengths given")
+        cu_seqlens = other.flatten()
+    return cu_seqlens, kwargs.get("seq_idx")
 
 
 def decode_layout(B: int, T: int, start: Tensor, ragged: bool) -> TokenLayout:

@@ -64,7 +64,9 @@ class KimiLatentAttention(nn.Module):
         w_kv, cu = linear_weight(self.kv_b_proj, latent, self.latent_rank), layout.cu_seqlens
         if cache is not None:
             stored = cast(LatentLayerCache, cache.layers[self.layer_idx]).update(latent, layout)
-        if cache is None or not cache.seen:  # nothing but these tokens
+        if layout.context is not None:
+            o = layout.context.attention(q, latent, w_kv, self.scale)
+        elif cache is None or not cache.seen:  # nothing but these tokens
             o = latent_attention(q, latent, w_kv, scale=self.scale, cu_seqlens=cu)
         else:
             q, at = layout.unpack(q), layout.positions

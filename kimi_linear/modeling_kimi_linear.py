@@ -16,9 +16,10 @@ from kimi_kernels.dispatch import use_triton
 from kimi_linear.assisted import AssistedGeneration
 from kimi_linear.cache import KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.context import ContextSpan
 from kimi_linear.decode import captured_step, decode_graphs
 from kimi_linear.kda import ForgetGate, GatedRMSNorm, KimiDeltaAttention
-from kimi_linear.layout import TokenLayout, plan_tokens
+from kimi_linear.layout import TokenLayout, packing_arguments, plan_tokens
 from kimi_linear.linear import decodes
 from kimi_linear.loss import head_loss, skips_logits
 from kimi_linear.mla import KimiLatentAttention
@@ -33,8 +34,6 @@ from kimi_linear.moe import (
 from kimi_linear.norm import KimiLinearRMSNorm
 from kimi_linear.weights import check_checkpoint, check_placement, in_memory, released_conversions
 
-# what transformers' flattening collators add to say that a row is packed
-PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # tokens of a prompt that go through the layers at once; at the released widths they take 94 KB each
 PIECE = 65536
 LOSS_KEYS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -193,10 +192,11 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        context: ContextSpan | None = None,
         **kwargs: Any,
     ) -> KimiLinearModelOutput:
         """Run the decoder; arguments as in `KimiLinearForCausalLM.forward`."""
-        packing = _packing_arguments(cu_seqlens, kwargs)
+        packing = packing_arguments(cu_seqlens, kwargs)
         x = _the_input(input_ids, inputs_embeds, self.config.hidden_size)
         cache = past_key_values
         if cache is not None:
@@ -210,9 +210,17 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             )
         past, lengths = (0, None) if cache is None else (cache.seen, cache.lengths)
         static = not torch.is_grad_enabled() and use_triton(self.embed_tokens.weight)
-        layout = plan_tokens(x, attention_mask, position_ids, *packing, past, lengths, static)
+        what = x, attention_mask, position_ids, *packing
+        if context is None:
+            layout = plan_tokens(*what, past, lengths, static)
+        else:
+            experts = (m for m in self.modules() if isinstance(m, KimiLinearExperts))
+            if any(m.num_experts < self.config.num_experts for m in experts):
+                raise ValueError("context: ranks that share the experts need the same tokens")
+            layout = context.layout(*what)
         if layout.packed and (cache is not None or use_cache):
-            raise ValueError("past_key_values or use_cache: packed documents cannot fill a cache")
+            kind = "packed documents" if context is None else "a span of a sequence"
+            raise ValueError(f"past_key_values or use_cache: {kind} cannot fill a cache")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not layout.packed
         if use_cache and cache is None:
@@ -246,11 +254,12 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             states = (*(layout.unpack(s) for s in states[:-1]), x)
         aux_loss = None
         if routed:
-            cu_seqlens = layout.cu_seqlens
+            cu_seqlens = layout.cu_seqlens if context is None else context.cu_seqlens
             if cu_seqlens is None:  # full rows
                 B, T = layout.shape
                 cu_seqlens = torch.arange(0, B * T + 1, T, device=x.device)
-            aux_loss = sequence_balance_loss(routed, cu_seqlens, self.config.num_experts_per_token)
+            top_k = self.config.num_experts_per_token
+            aux_loss = sequence_balance_loss(routed, cu_seqlens, top_k, context)
         return KimiLinearModelOutput(
             last_hidden_state=x,
             past_key_values=cache,
@@ -305,6 +314,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         skip_logits: bool | None = None,
+        context: ContextSpan | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Next-token logits, and the loss if `labels` are given.
@@ -327,6 +337,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
                 `[B T, E]` per MoE layer. Default: the config's.
             skip_logits: compute the loss alone, with Liger-Kernel, in far less memory. Default: in
                 training with `labels`, where that is possible (`loss.why_not_fused`).
+            context: which span of a row over several processes this is, by
+                `context.shard_sequence`, which also makes the other arguments.
 
         Returns:
             Logits `[B, kept, vocab_size]`, zero where there is padding, None where skipped, and
@@ -339,7 +351,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
         if labels is not None and x is not None and labels.shape != x.shape[:2]:
             raise ValueError(f"labels has shape {list(labels.shape)}, want {list(x.shape[:2])}")
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens)
+        others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens, context)
         others += (output_hidden_states, output_router_logits, skip_logits, *kwargs.values())
         if all(x is None or x is False for x in others):
             logits = captured_step(self, input_ids, past_key_values)
@@ -349,6 +361,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
                 )
         skip = skips_logits(self, skip_logits, labels, logits_to_keep)
         loss_kwargs = {k: kwargs.pop(k) for k in LOSS_KEYS if k in kwargs}
+        if context is not None and labels is not None:
+            loss_kwargs = context.loss_arguments(**loss_kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -359,6 +373,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
+            context=context,
             **kwargs,
         )
         x, loss = outputs.last_hidden_state, None
@@ -369,7 +384,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
             else:
                 loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_kwargs)
             coef = self.config.router_aux_loss_coef
-            loss = with_auxiliary_loss(loss, outputs.aux_loss, coef, labels, **loss_kwargs)
+            if context is not None:
+                loss = context.total(loss)
+            loss = with_auxiliary_loss(
+                loss, outputs.aux_loss, coef, labels, **loss_kwargs, context=context
+            )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=outputs.aux_loss,
@@ -469,19 +488,3 @@ def _the_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, D: int) -
     if len(shape) != 3 or shape[-1] != D:
         raise ValueError(f"inputs_embeds has shape {shape}, want [batch, tokens, {D}]")
     return inputs_embeds
-
-
-def _packing_arguments(cu_seqlens: Tensor | None, kwargs: dict[str, Any]):
-    """cu_seqlens and seq_idx out of a forward's arguments; nothing else may be in them."""
-    given = [k for k, x in kwargs.items() if x is not None and x is not False]
-    unknown = [k for k in given if k not in PACKING_KEYS]
-    if unknown:
-        raise ValueError(f"{unknown[0]} is not an argument of a Kimi Linear forward")
-    q, k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    for name, other in (("cu_seq_lens_q", q), ("cu_seq_lens_k", k)):
-        if other is None:
-            continue
-        if cu_seqlens is not None and not torch.equal(other.flatten(), cu_seqlens):
-            raise ValueError(f"{name} differs from the other cumulative sequence lengths given")
-        cu_seqlens = other.flatten()
-    return cu_seqlens, kwargs.get("seq_idx")

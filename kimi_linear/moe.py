@@ -1,6 +1,7 @@
 """Feed-forward layers: the dense SwiGLU of the first, the mixture of experts of the others."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from kimi_kernels.moe import RENORM_EPS
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.linear import are_plain, decodes, has_plain_weight, is_bare, project
 from kimi_linear.norm import KimiLinearRMSNorm
+
+if TYPE_CHECKING:
+    from kimi_linear.context import ContextSpan
 
 
 class KimiLinearMLP(nn.Module):
@@ -108,7 +112,7 @@ class KimiLinearExperts(nn.Module):
         shared: tuple[Tensor, Tensor, Tensor] | None = None,
         norm: tuple[Tensor, float] | None = None,
     ) -> Tensor:
-        """As `expert_mlp`. Argument names and order as transformers' expert-parallel plans expect."""
+        """`expert_mlp`; argument names and order as transformers' expert-parallel plans expect."""
         device, dtype = hidden_states.device.type, hidden_states.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -153,7 +157,12 @@ class KimiLinearMoE(nn.Module):
         return plain and decodes(x)
 
 
-def sequence_balance_loss(logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: int) -> Tensor:
+def sequence_balance_loss(
+    logits: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    top_k: int,
+    context: "ContextSpan | None" = None,
+) -> Tensor:
     """DeepSeek-V3's sequence-wise auxiliary loss (arXiv 2412.19437, eq. 17 to 20) with alpha = 1.
 
     For one layer and a sequence of T tokens, with s = sigmoid(logits) and E experts:
@@ -170,6 +179,7 @@ def sequence_balance_loss(logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: i
         logits: of each layer, `[n, E]`: the real tokens of all sequences, one after another.
         cu_seqlens: ends of the sequences, `[N+1]` from 0 to n. Empty sequences do not count.
         top_k: experts per token.
+        context: the tokens of `logits` are this span of the sequences, over several processes.
 
     Returns:
         A scalar in the dtype of the logits, differentiable in them. Bit-equal between runs: counts
@@ -187,7 +197,7 @@ def sequence_balance_loss(logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: i
         raise ValueError(f"top_k is {top_k}, want 1..{E}")
     cu_seqlens = cu_seqlens.to(device, torch.int64)
     N, lengths = cu_seqlens.numel() - 1, cu_seqlens.diff()
-    token = torch.arange(n, device=device)
+    token = torch.arange(n, device=device) + (0 if context is None else context.start)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)  # [n]
     share = 1.0 / (lengths[sequence] * (lengths > 0).sum()).to(logits[0].dtype)  # [n]
     total = logits[0].new_zeros(())
@@ -195,10 +205,12 @@ def sequence_balance_loss(logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: i
         s = x.to(device).sigmoid()
         slot = (sequence[:, None] * E + s.detach().topk(top_k, -1).indices).flatten()
         counts = slot.new_zeros(N * E).scatter_add_(0, slot, torch.ones_like(slot)).view(N, E)
+        if context is not None:
+            counts = context.total(counts)
         f = counts.to(s.dtype) * (E / top_k) / lengths.clamp(min=1)[:, None]
         per_token = (f[sequence] * s).sum(-1) / (s.sum(-1) + RENORM_EPS)
         total = total + (per_token * share).sum()
-    return total
+    return total if context is None else context.total(total)
 
 
 def with_auxiliary_loss(
@@ -209,12 +221,14 @@ def with_auxiliary_loss(
     num_items_in_batch: Tensor | int | None = None,
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
+    context: "ContextSpan | None" = None,
 ) -> Tensor:
     """loss + coefficient share aux_loss, or `loss` where there is no auxiliary loss.
 
     `num_items_in_batch` counts the labels of all the batches that one optimizer step accumulates.
     Where it is given, share is the part of them that is in this batch, so that the auxiliary loss
     adds up to a mean over these batches as the loss does, not to their number. Else share is 1.
+    With a `context` the labels are those of a span, and their number that of the whole batch.
     """
     if aux_loss is None:
         return loss
@@ -222,6 +236,7 @@ def with_auxiliary_loss(
     if num_items_in_batch is not None:
         targets = labels[..., 1:] if shift_labels is None else shift_labels
         items = targets.ne(ignore_index).sum().to(loss.device)
+        items = items if context is None else context.total(items)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         aux_loss = aux_loss * (items / num_items_in_batch)

@@ -22,7 +22,7 @@ def absorb_kernel(
     H: tl.constexpr, D: tl.constexpr, D_n: tl.constexpr, R: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """q_c [H, rows, R]: q [rows, H, D], its first D_n, times w [H, D_n, R], heads of it s_w apart."""
+    """q_c [H, rows, R]: q [rows, H, D], its first D_n, times w [H, D_n, R] with heads s_w apart."""
     NR: tl.constexpr = (R + BR - 1) // BR
     i_h, i_r = tl.program_id(0) // NR, tl.program_id(0) % NR
     o_d, o_r = tl.arange(0, BD), i_r * BR + tl.arange(0, BR)

@@ -91,13 +91,16 @@ def native_twin(model: KimiLinearForCausalLM, **kwargs) -> NativeForCausalLM:
         return NativeForCausalLM.from_pretrained(folder, **kwargs).eval()
 
 
-def run_two_processes(script: Path, *args: str, processes: int = 2) -> None:
+def run_two_processes(script: Path, *args: str) -> None:
+    run_processes(2, script, *args)
+
+
+def run_processes(count: int, script: Path, *args: str) -> None:
     """Run a script under torch's launcher; fails with what it wrote last."""
     root = Path(__file__).parents[2]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch.append(f"--nproc-per-node={processes}")
     run = subprocess.run(
-        [*launch, str(script), *args],
+        [*launch, f"--nproc-per-node={count}", str(script), *args],
         env=os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -25,7 +25,7 @@ from kimi_linear import kda as kda_module
 from kimi_linear.fsdp import shard_gates
 from kimi_linear.optim import muon
 from tests.helpers import assert_as_good_as
-from tests.model.helpers import build, run_two_processes, small_config, treat_as_gpus
+from tests.model.helpers import build, run_processes, small_config, treat_as_gpus
 from tests.model.test_trainer import COLLATORS, TOKENIZER, logged, texts
 
 SIZES = {"vocab_size": len(TOKENIZER), "num_hidden_layers": 2, "full_attn_layers": (2,)}
@@ -223,7 +223,7 @@ CPU = pytest.mark.skipif(CUDA, reason="there is a GPU: Trainer's processes run t
 )
 def test_two_processes_train_as_one(device, tmp_path):
     for processes in (1, 2):
-        run_two_processes(Path(__file__), str(tmp_path), processes=processes)
+        run_processes(processes, Path(__file__), str(tmp_path))
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (1, 2))
     gold = one["fp64"]
     for name in ("fp32", "fsdp"):
