@@ -4,6 +4,7 @@ FLOPs are those of the algorithm (TR section 6.2, chunks of 64), 2 per multiply-
 fewest that must pass through device memory, each input read and each output written once.
 """
 
+import functools
 from importlib import import_module
 from typing import Any
 
@@ -90,15 +91,36 @@ def moe_train_bytes(s: Shape) -> float:
 
 def _model(s: Shape, all_mla: bool = False) -> tuple[Any, dict[str, int], int, int]:
     """The config, its parameters, how many layers are KDA and how many MLA."""
-    config = model_step.config(s)
+    return _counted(tuple(s[letter] for letter in model_step.LETTERS), all_mla)
+
+
+@functools.cache
+def _counted(sizes: tuple[int, ...], all_mla: bool) -> tuple[Any, dict[str, int], int, int]:
+    config = model_step.config(dict(zip(model_step.LETTERS, sizes, strict=True)))
     config = config.all_mla() if all_mla else config
     kda, mla = (config.layer_types.count(f"{kind}_attention") for kind in ("linear", "full"))
     return config, import_module("kimi_linear.info").parameter_counts(config), kda, mla
 
 
-def _mixers(s: Shape) -> float:
+def weight_bytes(s: Shape) -> float:
+    """Of every weight, as they lie in memory."""
+    return SIZE * _model(s)[1]["total"]
+
+
+def cached(s: Shape, all_mla: bool = False) -> tuple[int, int]:
+    """Bytes that the cache of one sequence holds per token, and beside its tokens."""
+    return import_module("kimi_linear.info").cache_bytes(_model(s, all_mla)[0])
+
+
+def sequence_bytes(s: Shape, all_mla: bool = False) -> float:
+    """Of the cache of one sequence of S tokens."""
+    latent, state = cached(s, all_mla)
+    return s["S"] * latent + state
+
+
+def _mixers(s: Shape, all_mla: bool) -> float:
     """Forward, beside the projections: KDA in chunks and causal MLA."""
-    _, _, kda, mla = _model(s)
+    _, _, kda, mla = _model(s, all_mla)
     B, T, H, K = (s[letter] for letter in "BTHK")
     # half of 2 T^2 per channel of k and v
     return kda * kda_flops(s | {"V": K}) + mla * B * H * T * T * (2 * K + K // 2)
@@ -106,12 +128,12 @@ def _mixers(s: Shape) -> float:
 
 def train_step_flops(s: Shape) -> float:
     """6 per active parameter and token; thrice the forward of the mixers."""
-    return 6 * _model(s)[1]["active"] * s["B"] * s["T"] + 3 * _mixers(s)
+    return 6 * _model(s)[1]["active"] * s["B"] * s["T"] + 3 * _mixers(s, False)
 
 
 def train_step_bytes(s: Shape) -> float:
     """Every weight in, every gradient out."""
-    return 2 * SIZE * _model(s)[1]["total"]
+    return 2 * weight_bytes(s)
 
 
 def trainer_step_flops(s: Shape) -> float:
@@ -124,10 +146,10 @@ def trainer_step_bytes(s: Shape) -> float:
     return train_step_bytes(s) + 4 * SIZE * _model(s)[1]["total"]
 
 
-def prefill_flops(s: Shape) -> float:
+def prefill_flops(s: Shape, all_mla: bool = False) -> float:
     """2 per active parameter and token, but the head at the last one only; the mixers."""
-    n = _model(s)[1]
-    return 2 * s["B"] * (s["T"] * (n["active"] - n["head"]) + n["head"]) + _mixers(s)
+    n = _model(s, all_mla)[1]
+    return 2 * s["B"] * (s["T"] * (n["active"] - n["head"]) + n["head"]) + _mixers(s, all_mla)
 
 
 def _forward_bytes(s: Shape, tokens: int, n: dict[str, int]) -> float:
@@ -138,10 +160,9 @@ def _forward_bytes(s: Shape, tokens: int, n: dict[str, int]) -> float:
     return SIZE * (weights + tokens * s["D"] + s["B"] * s["vocab"])
 
 
-def prefill_bytes(s: Shape) -> float:
+def prefill_bytes(s: Shape, all_mla: bool = False) -> float:
     """What a forward reads; states and latents out."""
-    config, n, _, _ = _model(s)
-    latent, state = import_module("kimi_linear.info").cache_bytes(config)
+    n, (latent, state) = _model(s, all_mla)[1], cached(s, all_mla)
     return _forward_bytes(s, s["B"] * s["T"], n) + s["B"] * (s["T"] * latent + state)
 
 
@@ -155,8 +176,7 @@ def decode_step_flops(s: Shape, all_mla: bool = False) -> float:
 
 def decode_step_bytes(s: Shape, all_mla: bool = False) -> float:
     """What a forward of B tokens reads; states in and out, latents of S tokens in, of one out."""
-    config, n, _, _ = _model(s, all_mla)
-    latent, state = import_module("kimi_linear.info").cache_bytes(config)
+    n, (latent, state) = _model(s, all_mla)[1], cached(s, all_mla)
     return _forward_bytes(s, s["B"], n) + s["B"] * ((s["S"] + 1) * latent + 2 * state)
 
 

@@ -11,6 +11,7 @@ Inputs = dict[str, Tensor]
 
 DTYPE = torch.bfloat16  # of what is measured
 TOP_K = 8  # experts per token
+PIECE = 2**26  # numbers that `Draw.fill` draws at once
 
 
 class Draw:
@@ -23,6 +24,12 @@ class Draw:
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
         return torch.randn(shape, dtype=dtype, device=self.device, generator=self.generator)
+
+    def fill(self, x: Tensor) -> Tensor:
+        """Normal numbers into x, the same in every dtype, without a second x in memory."""
+        for part in x.view(-1).split(PIECE):
+            part.copy_(self.normal(len(part), dtype=torch.float32))
+        return x
 
     def uniform(self, *shape: int, low: float, high: float) -> Tensor:
         """In fp32."""

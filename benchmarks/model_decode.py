@@ -1,9 +1,9 @@
 """Inference with a whole model, ours and transformers' own: a prompt, a decode step, `generate`.
 
 Letters of a shape: as in model_step.py, and S, the tokens of the prompt or context before the new
-ones, and N, how many `generate` makes. A context is not computed but drawn, layer by layer: how
-long a decode step takes does not hang on the values, and a prompt of 2^20 tokens is never run. All
-providers get the same one. Every call appends its token to it, up to `ROOM` of them.
+ones, and N, how many `generate` makes. A context is not computed but drawn, layer by layer and in
+place: how long a decode step takes does not hang on the values, and a prompt of 2^20 tokens is
+never run. All providers get the same one. Every call appends its token to it, up to `ROOM` of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,12 +38,13 @@ def generate_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> I
 
 
 def drawn_states(
-    config: Any, B: int, S: int, dtype: torch.dtype, device: torch.device
+    config: Any, B: int, S: int, dtype: torch.dtype, device: torch.device, room: int = 0
 ) -> Iterator[tuple[Tensor, ...]]:
     """Per layer what S tokens leave behind, as large as theirs: always the same random numbers.
 
     Of KDA the conv state [B, W-1, 3 H K] and the recurrent state [B, H, K, K], in fp32; of MLA the
-    latents [B, S, R + P].
+    latents [B, S + room, R + P], zeros behind S. Each layer is drawn when its turn comes, and the
+    latents where they will stay: at the largest batch there is no room for a copy of them.
     """
     draw = Draw(torch.float32, device)
     H, K, W = config.linear_num_heads, config.linear_head_dim, config.linear_conv_kernel_dim
@@ -51,20 +52,21 @@ def drawn_states(
         if kind == "linear_attention":
             yield draw.normal(B, W - 1, 3 * H * K).to(dtype), draw.normal(B, H, K, K)
         else:
-            yield (draw.normal(B, S, config.kv_lora_rank + config.qk_rope_head_dim).to(dtype),)
+            size = config.kv_lora_rank + config.qk_rope_head_dim
+            latents = torch.zeros(B, S + room, size, dtype=dtype, device=device)
+            for row in latents:
+                draw.fill(row[:S])
+            yield (latents,)
 
 
 @torch.no_grad()
 def our_cache(config: Any, S: int, states: States) -> Any:
-    """A cache as a prompt of S tokens would have left it, with room for `ROOM` more."""
+    """A cache as a prompt of S tokens would have left it; it takes the states as they are."""
     cache = import_module("kimi_linear").KimiLinearCache(config)
-    layout = import_module("kimi_linear.layout").TokenLayout
-    cache.plan(S + ROOM)
     for layer, tensors in zip(cache.layers, states, strict=True):
-        if len(tensors) == 2:
-            layer.lazy_initialization(*tensors)
-        else:
-            layer.update(tensors[0], layout(tuple(tensors[0].shape[:2])))
+        if len(tensors) == 1:  # keys, and transformers' values, which stay empty
+            tensors = tensors[0], tensors[0].new_empty(len(tensors[0]), 0)
+        layer.lazy_initialization(*tensors)
     cache.advance(S, None)
     return cache
 
@@ -88,11 +90,24 @@ def _model(config: Any, x: Inputs) -> Any:
     return on_weights(config, x).eval().requires_grad_(False)
 
 
+def _all_mla(x: Inputs) -> tuple[Any, Inputs]:
+    """The same model with every layer MLA: KDA layers become copies of the last layer's mixer."""
+    config = our_config(x)
+    L, kinds = config.num_hidden_layers, config.layer_types
+    mixer = [f"model.layers.{i}.self_attn." for i in range(L)]
+    kda = tuple(mixer[i] for i in range(L) if kinds[i] == "linear_attention")
+    own = {name: t for name, t in x.items() if not name.startswith(kda)}
+    mla = {name: t for name, t in weights(x).items() if name.startswith(mixer[-1])}
+    copies = {name.replace(mixer[-1], to): t.clone() for to in kda for name, t in mla.items()}
+    return config.all_mla(), own | copies
+
+
 # ---- prefill -----------------------------------------------------------------------------------
 
 
-def _prefill(model: Any, x: Inputs, cache: Any, config: Any) -> Call:
+def _prefill(config: Any, x: Inputs, cache: Any) -> Call:
     """Into a fresh cache, made by `cache(config=...)`; the logits of the last position."""
+    model = _model(config, x)
 
     @torch.no_grad()
     def call():
@@ -102,24 +117,28 @@ def _prefill(model: Any, x: Inputs, cache: Any, config: Any) -> Call:
     return call
 
 
+def _our_prefill(config: Any, x: Inputs) -> Call:
+    return _prefill(config, x, import_module("kimi_linear").KimiLinearCache)
+
+
 def our_prefill(x: Inputs) -> Call:
-    config = our_config(x)
-    cache = import_module("kimi_linear").KimiLinearCache
-    return _prefill(_model(config, x), x, cache, config)
+    return _our_prefill(our_config(x), x)
+
+
+def all_mla_prefill(x: Inputs) -> Call:
+    return _our_prefill(*_all_mla(x))
 
 
 def native_prefill(x: Inputs) -> Call:
-    config = native_config(x)
-    cache = import_module("transformers").DynamicCache
-    return _prefill(_model(config, x), x, cache, config)
+    return _prefill(native_config(x), x, import_module("transformers").DynamicCache)
 
 
 # ---- decode step -------------------------------------------------------------------------------
 
 
-def _context(config: Any, x: Inputs) -> Iterator[tuple[Tensor, ...]]:
-    dtype = x["lm_head.weight"].dtype
-    return drawn_states(config, x["ids"].shape[0], int(x["S"]), dtype, x["ids"].device)
+def _context(config: Any, x: Inputs, room: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    dtype, ids = x["lm_head.weight"].dtype, x["ids"]
+    return drawn_states(config, len(ids), int(x["S"]), dtype, ids.device, room)
 
 
 def _step(model: Any, x: Inputs, cache: Any) -> Call:
@@ -130,7 +149,7 @@ def _step(model: Any, x: Inputs, cache: Any) -> Call:
 def _our_step(config: Any, x: Inputs) -> Call:
     """On a GPU by way of CUDA graphs, as `generate` decodes: the second call captures one."""
     model = _model(config, x)
-    cache = our_cache(config, int(x["S"]), _context(config, x))
+    cache = our_cache(config, int(x["S"]), _context(config, x, ROOM))
     if model.device.type == "cuda":
         cache.graphs = import_module("kimi_linear.decode").decode_graphs(model, None)
     return _step(model, x, cache)
@@ -141,15 +160,7 @@ def our_step(x: Inputs) -> Call:
 
 
 def all_mla_step(x: Inputs) -> Call:
-    """The same model with every layer MLA: KDA layers become copies of the last layer's mixer."""
-    config = our_config(x)
-    L, kinds = config.num_hidden_layers, config.layer_types
-    mixer = [f"model.layers.{i}.self_attn." for i in range(L)]
-    kda = tuple(mixer[i] for i in range(L) if kinds[i] == "linear_attention")
-    own = {name: t for name, t in x.items() if not name.startswith(kda)}
-    mla = {name: t for name, t in weights(x).items() if name.startswith(mixer[-1])}
-    copies = {name.replace(mixer[-1], to): t.clone() for to in kda for name, t in mla.items()}
-    return _our_step(config.all_mla(), own | copies)
+    return _our_step(*_all_mla(x))
 
 
 def native_step(x: Inputs) -> Call:

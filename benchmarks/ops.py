@@ -17,6 +17,10 @@ from benchmarks.costs import SIZE
 from benchmarks.inputs import Inputs, Shape
 from benchmarks.providers import Build, Provider, forward, gradient, reference, train
 
+FLOOR = "floor"  # a provider of every op: nobody computes it
+# whose work it bounds: where another does other work, that has a floor of its own
+FLOORS = {FLOOR: "ours", "floor_all_mla": "all_mla"}
+
 
 @dataclass(frozen=True)
 class Op:
@@ -30,9 +34,12 @@ class Op:
             shape; None: no check.
         timer: `events`: single calls; `graph`: calls in a CUDA graph, on different memory;
             `process`: the first call of a fresh process; `error`: no time, but how far the outputs
-            are from those of the provider `reference` in fp64, as RMS(x - gold) / RMS(gold).
+            are from those of the provider `reference` in fp64, as RMS(x - gold) / RMS(gold);
+            `largest`: single calls of each provider alone, at the largest batch that it fits: its
+            shapes leave B open.
         rotate: the inputs of the i-th call in a CUDA graph from those of the first, i = 0: differs
             where their values choose the memory that is read.
+        memory: bytes that its inputs take, where that decides what a device can run.
     """
 
     name: str
@@ -44,8 +51,9 @@ class Op:
     inputs: Callable[[Shape, torch.dtype, torch.device], Inputs]
     providers: dict[str, Provider]
     check: Shape | None = None
-    timer: Literal["events", "graph", "process", "error"] = "events"
+    timer: Literal["events", "graph", "process", "error", "largest"] = "events"
     rotate: Callable[[Inputs, int], Inputs] = lambda x, i: x
+    memory: Callable[[Shape], float] | None = None
 
 
 # released widths, 3 KDA layers + MLA, one of them with a dense feed-forward; letters: model_step.py
@@ -66,8 +74,8 @@ def _moe_shape(B: int, T: int) -> Shape:
     return {"B": B, "T": T, "D": 2304, "E": 256, "F": 1024}
 
 
-def _deep_shape(**sizes: int) -> Shape:
-    return sizes | MODEL | {"L": 8}
+def _deep_shape(L: int = 8, **sizes: int) -> Shape:
+    return sizes | MODEL | {"L": L}
 
 
 def _small(limit: int) -> Callable[[Shape], bool]:
@@ -97,6 +105,18 @@ KDA_TESTS = "tests/kernels/test_kda*.py"
 CONV_TESTS = "tests/kernels/test_causal_conv*.py"
 MOE_TESTS = "tests/kernels/test_moe*.py"
 MODEL_TESTS = "tests/model/test_gpu.py"
+DECODING = {
+    "ours": Provider(model_decode.our_step, cache=costs.sequence_bytes),
+    "all_mla": Provider(
+        model_decode.all_mla_step,
+        expected=reference(model_decode.all_mla_step),
+        flops=partial(costs.decode_step_flops, all_mla=True),
+        bytes=partial(costs.decode_step_bytes, all_mla=True),
+        cache=partial(costs.sequence_bytes, all_mla=True),
+    ),
+    # for the check alone: a CUDA graph cannot hold its second call
+    "reference": Provider(reference(model_decode.our_step), fits=lambda s: False),
+}
 
 OPS = (
     Op(
@@ -322,26 +342,38 @@ OPS = (
         name="model",
         mode="prefill",
         tests=MODEL_TESTS,
-        shapes=tuple(_deep_shape(B=1, T=T) for T in (8192, 32768)),
+        # longer ones on request (--shape T=1048576): every layer MLA takes minutes
+        shapes=(
+            *(_deep_shape(B=1, T=T) for T in (4096, 8192, 32768, 131072)),
+            _deep_shape(B=1, T=8192, L=27),
+        ),
         flops=costs.prefill_flops,
         bytes=costs.prefill_bytes,
         inputs=model_step.inputs,
         check=SMALL_MODEL | {"T": 256},
         providers={
             "ours": Provider(model_decode.our_prefill),
-            "native": _fla(model_decode.native_prefill),
+            "native": replace(_fla(model_decode.native_prefill), fits=_few(32768)),
+            "all_mla": Provider(
+                model_decode.all_mla_prefill,
+                expected=reference(model_decode.all_mla_prefill),
+                flops=partial(costs.prefill_flops, all_mla=True),
+                bytes=partial(costs.prefill_bytes, all_mla=True),
+            ),
             "reference": Provider(reference(model_decode.our_prefill), fits=_few(2048)),
         },
+        memory=costs.weight_bytes,
     ),
     Op(
         name="model",
         mode="decode_step",
         tests=MODEL_TESTS,
         shapes=tuple(
-            _deep_shape(B=B, S=S)
-            for B, S in (
-                *((1, S) for S in (1024, 4096, 32768, 131072, 1048576)),
-                *((32, 1024), (8, 131072)),
+            _deep_shape(B=B, S=S, L=L)
+            for B, S, L in (
+                *((1, S, 8) for S in (1024, 4096, 32768, 131072, 1048576)),
+                *((32, 1024, 8), (8, 131072, 8)),
+                *((1, S, 27) for S in (1024, 131072, 1048576)),
             )
         ),
         flops=costs.decode_step_flops,
@@ -349,26 +381,32 @@ OPS = (
         inputs=model_decode.decode_inputs,
         check=SMALL_MODEL | {"B": 2, "S": 256},
         providers={
-            "ours": Provider(model_decode.our_step),
+            **DECODING,
             # it expands the keys and values of the whole context for each token
             "native": replace(
                 _fla(model_decode.native_step), fits=lambda s: s["B"] * s["S"] <= 32768
             ),
-            "all_mla": Provider(
-                model_decode.all_mla_step,
-                expected=reference(model_decode.all_mla_step),
-                flops=partial(costs.decode_step_flops, all_mla=True),
-                bytes=partial(costs.decode_step_bytes, all_mla=True),
-            ),
-            # for the check alone: a CUDA graph cannot hold its second call
-            "reference": Provider(reference(model_decode.our_step), fits=lambda s: False),
         },
+        memory=costs.weight_bytes,
+    ),
+    Op(
+        name="model",
+        mode="throughput",
+        tests=MODEL_TESTS,
+        shapes=tuple(_deep_shape(S=S) for S in (4096, 32768, 131072, 524288, 1048576)),
+        flops=costs.decode_step_flops,
+        bytes=costs.decode_step_bytes,
+        inputs=model_decode.decode_inputs,
+        check=SMALL_MODEL | {"B": 2, "S": 256},
+        providers=DECODING,
+        timer="largest",
+        memory=costs.weight_bytes,
     ),
     Op(
         name="model",
         mode="generate",
         tests=MODEL_TESTS,
-        shapes=(_deep_shape(B=1, S=1024, N=64),),
+        shapes=tuple(_deep_shape(B=1, S=1024, N=64, L=L) for L in (8, 27)),
         flops=costs.generate_flops,
         bytes=costs.generate_bytes,
         inputs=model_decode.generate_inputs,
@@ -381,6 +419,7 @@ OPS = (
                 reference(model_decode.our_generate), fits=lambda s: s["B"] * s["S"] <= 256
             ),
         },
+        memory=costs.weight_bytes,
     ),
     Op(
         name="kda",

@@ -40,6 +40,7 @@ class Provider:
         expected: builds the reference it has to agree with, where that is not the op's own.
         fits: the shapes it is run at.
         flops, bytes: what it costs, where that is not what the op costs.
+        cache: bytes that it keeps of one sequence, of an op that decodes.
     """
 
     build: Build
@@ -49,6 +50,7 @@ class Provider:
     fits: Callable[[Shape], bool] = lambda shape: True
     flops: Callable[[Shape], float] | None = None
     bytes: Callable[[Shape], float] | None = None
+    cache: Callable[[Shape], float] | None = None
 
 
 def forward(load: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]) -> Build:

@@ -61,6 +61,8 @@ class Recorder:
         bytes: float | None = None,
         peak_mb: float | None = None,
         error: float | None = None,
+        batch: int | None = None,
+        cache: float | None = None,
         package: str | None = None,
     ) -> None:
         """One row, from milliseconds per call; a single sample has no p20 and p80, none no time.
@@ -68,6 +70,7 @@ class Recorder:
         Args:
             flops, bytes: of one call, for the rates.
             error: what an op of the timer `error` has in place of a time.
+            batch, cache: what the timer `largest` has found, and bytes of one sequence's cache.
             package: distribution of the provider, None for our own code.
         """
         p20, p50, p80 = quantiles(samples) if samples else (None, None, None)
@@ -84,10 +87,13 @@ class Recorder:
             "gbps": p50 and bytes and bytes / p50 / 1e6,
             "peak_mb": peak_mb,
             "error": error,
+            "batch": batch,
+            "cache_mb": cache and cache / 1e6,
             "provider_version": package and f"{package} {version(package)}",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
         rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         replace(self.path, rounded | self.facts)
         figure = f"{p50:.4g} ms" if error is None else f"error {error:.2g}"
-        tqdm.write(f"{op} {mode} {label(shape)} {provider}: {figure}")
+        at = f", batch {batch}" if batch else ""
+        tqdm.write(f"{op} {mode} {label(shape)} {provider}: {figure}{at}")

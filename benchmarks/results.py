@@ -13,6 +13,8 @@ KEY = ("op", "mode", "provider", "shape", "dtype", "gpu")
 COLUMNS = (  # times in ms, rates in TFLOP/s and GB/s, memory in MB (1e6 bytes), error relative
     *KEY[:5],
     *("ms_p50", "ms_p20", "ms_p80", "tflops", "gbps", "peak_mb", "error"),
+    # where the shape leaves B open: the batch, and what the cache of one of its sequences takes
+    *("batch", "cache_mb"),
     *("gpu", "torch", "triton", "provider_version", "git", "date"),
 )
 
@@ -26,10 +28,12 @@ def slug(gpu: str) -> str:
 def label(shape: dict[str, int]) -> str:
     """Batch, tokens and heads, as far as the shape has them: `1 x 8192 x 32`.
 
-    New tokens, if there is a context of S of them: N or one, `1 x 64 x 32 after 1024`.
+    New tokens, if there is a context of S of them: N or one, `1 x 64 x 32 after 1024`; the batch
+    is then `max` if it is open.
     """
     context = "S" in shape
-    sizes = shape | ({"T": shape.get("N", 1)} if context else {})
+    sizes: dict[str, int | str] = {"B": "max", "T": shape.get("N", 1)} if context else {}
+    sizes |= shape
     text = " x ".join(str(sizes[letter]) for letter in "BTH" if letter in sizes)
     return f"{text} after {shape['S']}" if context else text
 
@@ -45,6 +49,11 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+
+
+def per_token(row: Row) -> float:
+    """Milliseconds of one step for each of its rows."""
+    return row["ms_p50"] / row["batch"]
 
 
 def replace(path: Path, row: Row) -> None:

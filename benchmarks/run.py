@@ -19,20 +19,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import guard, timing
+from benchmarks import capacity, guard, timing
 from benchmarks.guard import Refused
 from benchmarks.inputs import DTYPE, Inputs, Shape
-from benchmarks.ops import OPS, Op
+from benchmarks.ops import FLOOR, FLOORS, OPS, Op
 from benchmarks.providers import Provider
 from benchmarks.recorder import Recorder
 from benchmarks.results import ROOT, label
 from benchmarks.timing import Timed
 
-FLOOR = "floor"  # a provider of every op: nobody computes it
-
 
 class OutOfBudget(Exception):
     """The time is spent before the measurement."""
+
+
+class DoesNotFit(Exception):
+    """The device has too little memory."""
 
 
 class Bench:
@@ -60,6 +62,8 @@ class Bench:
             yield
         except (subprocess.TimeoutExpired, OutOfBudget):
             tqdm.write(f"{what}: NOT MEASURED, cut off by the budget")
+        except DoesNotFit as error:
+            tqdm.write(f"{what}: left out, {error}")
         except Exception as error:
             name = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
             tqdm.write(f"{what}: NOT MEASURED, {name}{error}")
@@ -113,11 +117,10 @@ class Bench:
         build = op.providers[name].build
         copies = timing.graph_copies(op.bytes(shape), self.device) if op.timer == "graph" else 1
         calls = [build(op.rotate(x, i)) for i in range(copies)]
-        timing.warm_up(calls[0], self.device)
-        peak_mb = timing.peak_mb(calls[0], self.device)
+        seconds, peak_mb = timing.warm_up(calls[0], self.device)
         if op.timer == "graph":
             return timing.graph(calls, self.device), peak_mb
-        return timing.one_call(calls[0]), peak_mb
+        return timing.one_call(calls[0], seconds), peak_mb
 
     def time_together(self, op: Op, shape: Shape, chosen: dict[str, Provider]) -> None:
         """All providers in turn, on the same inputs."""
@@ -152,14 +155,53 @@ class Bench:
             raise Refused("an output is not finite")
         self.write(op, shape, name, [], error=error)
 
+    def time_largest_batch(self, op: Op, shape: Shape, name: str) -> None:
+        """One provider, which has the memory of the device to itself."""
+        full = self.filled(op, shape, op.providers[name])
+        capacity.release(self.device)
+        x = op.inputs(full, DTYPE, self.device)
+        timed, peak_mb = self.prepare(op, full, name, x)
+        self.write(op, shape, name, timing.sample({name: timed}, self.device)[name], peak_mb)
+
+    @functools.cached_property
+    def free(self) -> float:
+        """Bytes of the device that nothing had when the first case asked."""
+        return capacity.free_bytes(self.device)
+
+    def filled(self, op: Op, shape: Shape, provider: Provider | None) -> Shape:
+        """The shape, with the largest B that the provider fits where it is open."""
+        if op.timer != "largest":
+            return shape
+        assert provider is not None and op.memory is not None
+        B = capacity.largest_batch(op.memory(shape), provider, shape, self.free)
+        if B == 0:
+            raise DoesNotFit(f"no sequence fits into {self.free / 1e9:.0f} GB")
+        return shape | {"B": B}
+
+    def check_memory(self, op: Op, shape: Shape, chosen: dict[str, Provider]) -> None:
+        if op.memory is not None and chosen:
+            size = capacity.needed(op.memory(shape), chosen.values(), shape)
+            if size > self.free:
+                raise DoesNotFit(f"{size / 1e9:.0f} GB do not fit into {self.free / 1e9:.0f} GB")
+
     def write(
         self, op: Op, shape: Shape, name: str, samples: list[float], peak_mb=None, error=None
     ) -> None:
-        provider = op.providers.get(name)
-        extra = {"peak_mb": peak_mb, "error": error, "package": provider and provider.package}
-        extra |= {"flops": ((provider and provider.flops) or op.flops)(shape)}
-        extra |= {"bytes": ((provider and provider.bytes) or op.bytes)(shape)}
+        """A row of a provider, or of a floor."""
+        provider = op.providers.get(FLOORS.get(name, name))
+        full = self.filled(op, shape, provider)
+        flops, size = cost(op, provider, full)
+        extra = {"peak_mb": peak_mb, "error": error, "flops": flops, "bytes": size}
+        extra |= {"package": provider and provider.package}
+        if full is not shape and provider is not None and provider.cache is not None:
+            extra |= {"batch": full["B"], "cache": provider.cache(full)}
         self.recorder.write(op.name, op.mode, name, shape, samples, **extra)
+
+    def write_floor(self, op: Op, shape: Shape, name: str) -> None:
+        provider = op.providers.get(FLOORS[name])
+        per_ms = self.ceilings
+        costs = cost(op, provider, self.filled(op, shape, provider))
+        self.write(op, shape, name, [max(c / rate for c, rate in zip(costs, per_ms, strict=True))])
 
     @functools.cached_property
     def ceilings(self) -> tuple[float, float]:
@@ -174,19 +216,27 @@ class Bench:
         """One op at one shape: the providers, and the floor."""
         chosen = self.chosen(op, shape)
         one_by_one = {"process": self.time_first_call, "error": self.measure_error}
+        one_by_one |= {"largest": self.time_largest_batch}
         if op.timer in one_by_one:
             for name, provider in chosen.items():
                 with self.reporting(title(op, shape, name), own=provider.module is None):
                     one_by_one[op.timer](op, shape, name)
-        else:
-            if chosen:
-                self.time_together(op, shape, chosen)
-            if self.wanted is None or FLOOR in self.wanted:
-                flops, size = self.ceilings
-                fastest = max(op.flops(shape) / flops, op.bytes(shape) / size)
-                self.write(op, shape, FLOOR, [fastest])
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        elif chosen:
+            self.check_memory(op, shape, chosen)
+            self.time_together(op, shape, chosen)
+        if op.timer not in ("process", "error"):
+            for name, whose in FLOORS.items():
+                there = name == FLOOR or whose in op.providers
+                if there and (self.wanted is None or name in self.wanted):
+                    with self.reporting(title(op, shape, name), own=True):
+                        self.write_floor(op, shape, name)
+        capacity.release(self.device)
+
+
+def cost(op: Op, provider: Provider | None, shape: Shape) -> tuple[float, float]:
+    """FLOPs and bytes of one call."""
+    flops, size = (provider.flops, provider.bytes) if provider else (None, None)
+    return (flops or op.flops)(shape), (size or op.bytes)(shape)
 
 
 def title(op: Op, shape: Shape, name: str) -> str:
@@ -215,7 +265,7 @@ def parse(argv: Sequence[str] | None, ops: Sequence[Op]) -> argparse.Namespace:
     names = {
         "op": {op.name for op in ops},
         "mode": {op.mode for op in ops},
-        "provider": {name for op in ops for name in op.providers} | {FLOOR},
+        "provider": {name for op in ops for name in op.providers} | set(FLOORS),
     }
     for name, choices in names.items():
         parser.add_argument(f"--{name}", nargs="+", choices=sorted(choices), help="default: all")

@@ -15,6 +15,7 @@ import torch
 from benchmarks.providers import Call
 
 SECONDS = 0.5  # of sampling per provider
+LONG = 2.0  # seconds of a warm call from which on it is not called again to be timed
 MAX_ROUNDS = 40
 BURST = 5  # calls in a row: the host runs ahead of the GPU again after another provider's turn
 WARM_UP = 3  # calls
@@ -23,10 +24,11 @@ COLD_BYTES = 256 * 2**20  # several times the L2 of any GPU
 
 @dataclass(frozen=True)
 class Timed:
-    """Something to time: `run` does what `calls` do, each once."""
+    """Something to time: `run` does what `calls` do, each once; `seconds` is what a call took."""
 
     calls: list[Call]
     run: Callable[[], object]
+    seconds: float = 0.0
 
 
 def synchronize(device: torch.device) -> None:
@@ -39,8 +41,8 @@ def _l2_filler(device: torch.device) -> torch.Tensor:
     return torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
 
 
-def one_call(call: Call) -> Timed:
-    return Timed([call], call)
+def one_call(call: Call, seconds: float = 0.0) -> Timed:
+    return Timed([call], call, seconds)
 
 
 def graph_copies(bytes_per_call: float, device: torch.device) -> int:
@@ -81,15 +83,20 @@ def _burst(timed: Timed, device: torch.device) -> list[float]:
 
 
 def sample(contestants: dict[str, Timed], device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds per call, of all of them in turn, in the same rounds; the first is a warm-up."""
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for timed in contestants.values():
+    """Milliseconds per call, of all of them in turn, in the same rounds; the first is a warm-up.
+
+    Of a long call what its last warm-up took is the one sample.
+    """
+    long = {name: timed for name, timed in contestants.items() if timed.seconds >= LONG}
+    samples = {n: [1e3 * t.seconds] if n in long else [] for n, t in contestants.items()}
+    short = {name: timed for name, timed in contestants.items() if name not in long}
+    for timed in short.values():
         _burst(timed, device)
-    end = time.perf_counter() + SECONDS * len(contestants)
+    end = time.perf_counter() + SECONDS * len(short)
     for i in range(MAX_ROUNDS):
         if i > 1 and time.perf_counter() > end:
             break
-        for name, timed in contestants.items():
+        for name, timed in short.items():
             samples[name] += _burst(timed, device)
     return samples
 
@@ -102,22 +109,27 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
     return p20.item(), p50.item(), p80.item()
 
 
-def warm_up(call: Call, device: torch.device) -> None:
-    for _ in range(WARM_UP):
+def warm_up(call: Call, device: torch.device) -> tuple[float, float | None]:
+    """`WARM_UP` calls, or two if they are long: seconds of the last one, and its megabytes (1e6).
+
+    The latter are what it allocates at once, above what was there before; None on a CPU.
+    """
+    cuda = device.type == "cuda"
+    seconds, peak = 0.0, None
+    for i in range(WARM_UP):
+        if i > 1 and seconds >= LONG:
+            break
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device) if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
         call()
-    synchronize(device)
-
-
-def peak_mb(call: Call, device: torch.device) -> float | None:
-    """Megabytes (1e6) that one call allocates at once, above what was there before; None on CPU."""
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        if cuda:
+            peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return seconds, peak
 
 
 def copy(device: torch.device, dtype: torch.dtype) -> tuple[list[float], dict[str, int], float]:

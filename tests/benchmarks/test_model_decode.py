@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from benchmarks import model_decode, model_step, timing
+from benchmarks import capacity, inputs, model_decode, model_step, timing
 from benchmarks.guard import disagreement
 from benchmarks.ops import OPS
 from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
 from kimi_linear.cache import LatentLayerCache
-from kimi_linear.info import cache_bytes, parameter_counts
+from kimi_linear.info import parameter_counts
 from kimi_linear.moe import KimiLinearTopkRouter
 
 CPU = torch.device("cpu")
@@ -63,7 +63,8 @@ def test_native_computes_the_same(mode):
 
 @pytest.mark.parametrize(
     "mode, name",
-    [(m, "ours") for m in ("prefill", "decode_step", "generate")] + [("decode_step", "all_mla")],
+    [(m, "ours") for m in ("prefill", "decode_step", "generate")]
+    + [(m, "all_mla") for m in ("prefill", "decode_step")],
 )
 def test_reference_computes_the_same(mode, name):
     """On a CPU ours is the reference; in bf16 it is what `check` compares."""
@@ -84,6 +85,17 @@ def test_prefill_is_the_last_position_of_a_forward():
     call = build("prefill", "ours", x)
     for _ in range(2):  # each into a fresh cache
         assert disagreement(call(), (logits[:, -1:],)) < 1e-5
+
+
+def test_prefill_of_every_layer_mla():
+    """The same prompt through other mixers, at their cost."""
+    x = drawn("prefill")
+    ours, all_mla = (build("prefill", name, x)() for name in ("ours", "all_mla"))
+    assert all_mla[0].shape == ours[0].shape and disagreement(all_mla, ours) > 0.01
+    longest = max(OP["prefill"].shapes, key=lambda s: s["T"])
+    for cost in ("flops", "bytes"):
+        own = getattr(OP["prefill"].providers["all_mla"], cost)
+        assert own(longest) > getattr(OP["prefill"], cost)(longest)
 
 
 @needs_no_fla
@@ -182,6 +194,33 @@ def test_drawn_states_are_as_a_prompt_leaves_them(all_mla):
         assert torch.equal(a[0].bfloat16(), b[0])  # the same numbers in each dtype
         assert [t.dtype for t in b[1:]] == [torch.float32] * (len(b) - 1)
         assert len(b) == 1 or torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_context_is_drawn_in_place(monkeypatch, caches, dtype):
+    """Piece by piece, where a step reads it: no second copy of any size."""
+    monkeypatch.setattr(inputs, "PIECE", 100)
+    sizes = []
+    normal = inputs.Draw.normal
+    monkeypatch.setattr(
+        inputs.Draw, "normal",
+        lambda self, *shape, **options: sizes.append(shape) or normal(self, *shape, **options),
+    )  # fmt: skip
+    drawn_layers = []
+    states = model_decode.drawn_states
+    monkeypatch.setattr(
+        model_decode, "drawn_states",
+        lambda *args: (drawn_layers.append(layer) or layer for layer in states(*args)),
+    )  # fmt: skip
+    build("decode_step", "all_mla", drawn("decode_step", dtype))
+    (cache,) = caches
+    for layer, (latents,) in zip(cache.layers, drawn_layers, strict=True):
+        assert layer.keys.data_ptr() == latents.data_ptr()
+        assert layer.keys.shape == (2, 37 + model_decode.ROOM, 24) and layer.keys.dtype == dtype
+        used = layer.keys[:, :37].float()
+        assert used.std().item() == pytest.approx(1, abs=0.1) and abs(used.mean().item()) < 0.1
+        assert not layer.keys[:, 37:].any()
+    assert max(shape[0] for shape in sizes if len(shape) == 1) == 100
 
 
 @pytest.mark.parametrize("name", ["ours", "all_mla", "native"])
@@ -325,7 +364,8 @@ def test_declared_floors():
     Batch 1: 0.79 of 8 x 7 experts, 0.75 of head, 0.65 of mixers and feed-forwards; 0.17 of states.
     Batch 32: 16.2 of 7 x 163 experts.
     """
-    ms = {(s["B"], s["S"]): DECODE.bytes(s) / 3.02e9 for s in DECODE.shapes}
+    shapes = [s for s in DECODE.shapes if s["L"] == 8]
+    ms = {(s["B"], s["S"]): DECODE.bytes(s) / 3.02e9 for s in shapes}
     assert ms[1, 1024] == pytest.approx(0.795, abs=2e-3)
     by_hand = 0.793 + 0.755 + 2 * (6 * 39.5 + 2 * 29.1 + 63.7 + 7 * 7.67) / 1e3
     states = 2 * 6 * (2.097 + 0.074) / 1e3
@@ -333,24 +373,35 @@ def test_declared_floors():
     experts = 7 * 163.3 * 3 * 2304 * 1024 * 2 / 1e9
     rows = 32 * (states + 0.0024)
     assert ms[32, 1024] == pytest.approx((by_hand - 0.793 + experts + rows) / 3.02, rel=2e-3)
-    prefill = OP["prefill"].shapes[0]
+    (prefill,) = (s for s in OP["prefill"].shapes if (s["L"], s["T"]) == (8, 8192))
     assert OP["prefill"].flops(prefill) / 690e12 == pytest.approx(21.5e-3, rel=0.01)
-    longest = {"B": 1, "S": 1048576}
+    longest = {"B": 1, "S": 1048576, "L": 8}
     (shape,) = (s for s in DECODE.shapes if longest.items() <= s.items())
     assert DECODE.providers["all_mla"].bytes is not None
     assert DECODE.providers["all_mla"].bytes(shape) / 1e9 == pytest.approx(9.66 + 2.25, rel=0.01)
 
 
-def test_every_shape_fits_on_80_gb():
-    """Weights, the contexts of all who are timed together, and a layer as it is drawn, in fp32."""
-    for shape in DECODE.shapes:
-        configs = [model_step.config(shape)]
-        configs.append(configs[0].all_mla())
-        weights = 2 * parameter_counts(configs[0])["total"]
-        length = shape["B"] * (shape["S"] + model_decode.ROOM)
-        held = sum(length * cache_bytes(config)[0] for config in configs)
-        states = 2 * shape["B"] * cache_bytes(configs[0])[1]
-        assert weights + held + states + length * 576 * (4 + 2) < 60e9
+def test_what_fits():
+    """8 layers on 80 GB, all 27 on 141 GB, with the contexts of all who are timed together."""
+    for op in (OP["prefill"], DECODE, OP["generate"]):
+        for shape in op.shapes:
+            chosen = [p for p in op.providers.values() if p.fits(shape)]
+            size = capacity.needed(op.memory(shape), chosen, shape)
+            assert size < 80e9 if shape["L"] == 8 else 84e9 < size < 149e9
+
+
+def test_largest_batches():
+    """8 layers: of 1,048,576 tokens 21 and 5 sequences on 80 GB, 48 and 12 on 141 GB."""
+    op, found = OP["throughput"], {}
+    for free in (84e9, 150e9):
+        for S in (4096, 1048576):
+            (shape,) = (s for s in op.shapes if s["S"] == S)
+            found[free, S] = [
+                capacity.largest_batch(op.memory(shape), op.providers[name], shape, free)
+                for name in ("ours", "all_mla")
+            ]
+    assert found[84e9, 4096] == found[150e9, 4096] == [capacity.MOST_ROWS] * 2
+    assert (found[84e9, 1048576], found[150e9, 1048576]) == ([21, 5], [48, 12])
 
 
 def test_a_step_hits_as_many_experts_as_its_bytes_say():

@@ -145,7 +145,9 @@ def test_the_experts_of_transformers_are_a_baseline(repository):
 
 def test_whole_models(repository):
     """Depths that differ have a column; new tokens after a context say after how many."""
-    (train,), (prefill, _), steps, (generate,) = (op.shapes for op in OPS if op.name == "model")
+    shapes = {op.mode: op.shapes for op in OPS if op.name == "model"}
+    (train,), steps = shapes["train_step"], shapes["decode_step"]
+    prefill, generate = shapes["prefill"][1], shapes["generate"][0]
     short, long, batch = steps[0], steps[0] | {"S": 1048576}, steps[0] | {"B": 32}
 
     def row(provider, ms, mode, shape):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import guard, results, run, timing
+from benchmarks import capacity, guard, results, run, timing
 from benchmarks.ops import OPS
 from benchmarks.providers import Provider, gradient
 
@@ -29,8 +29,9 @@ def option(shape) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Few samples, of little."""
+    """Few samples, of little, however slow this machine is now."""
     monkeypatch.setattr(timing, "SECONDS", 0)
+    monkeypatch.setattr(timing, "LONG", math.inf)
     monkeypatch.setattr(timing, "COLD_BYTES", 2**20)
 
 
@@ -99,6 +100,46 @@ def test_every_timed_op(op, tmp_path, green):
     times.append(op.flops(toy(op)) / rows["matmul", "torch"]["tflops"] / 1e9)
     assert floor["ms_p50"] == pytest.approx(max(times), rel=1e-3)
     assert green == [op.tests]
+
+
+def test_the_largest_batch(tmp_path, green, monkeypatch):
+    """Of each provider its own, which is not in the shape; it is what the costs are of."""
+    (op,) = (op for op in OPS if op.timer == "largest")
+    shape, out = toy(op), tmp_path / "out.jsonl"
+    assert op.memory is not None
+    free = op.memory(shape) + capacity.MARGIN + 40 * capacity.row_bytes(op.providers["ours"], shape)
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: free + 1)
+    assert run.main(["--mode", op.mode, "--out", str(out), *option(shape)]) == 0
+    rows = {row["provider"]: row for row in results.read(out)}
+    assert set(rows) == {"ours", "all_mla", "floor", "floor_all_mla", "torch"}
+    for name, floor in (("ours", "floor"), ("all_mla", "floor_all_mla")):
+        provider, row = op.providers[name], rows[name]
+        full = shape | {"B": row["batch"]}
+        left = free - op.memory(shape) - capacity.MARGIN
+        assert full["B"] * capacity.row_bytes(provider, shape) <= left + 1
+        assert (full["B"] + 1) * capacity.row_bytes(provider, shape) > left
+        assert row["shape"] == shape and rows[floor]["batch"] == row["batch"]
+        size = (provider.bytes or op.bytes)(full)
+        assert row["gbps"] * row["ms_p50"] == pytest.approx(size / 1e6, rel=1e-3)
+        cache = {"ours": 3 * (2 * 64 * 64 * 4 + 3 * 3 * 2 * 64 * 2), "all_mla": 3 * 37 * 48 * 2}
+        assert row["cache_mb"] * 1e6 == pytest.approx(cache[name] + 37 * 48 * 2, rel=1e-3)
+    assert rows["ours"]["batch"] == 40 != rows["all_mla"]["batch"]
+
+
+def test_what_does_not_fit_is_left_out(tmp_path, green, monkeypatch, capsys):
+    """It is no failure: another GPU may have the memory."""
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: capacity.MARGIN)
+    for mode in ("throughput", "decode_step", "prefill"):
+        (op,) = (op for op in OPS if op.mode == mode)
+        args = ["--mode", mode, "--provider", "ours", "--out", str(out), *option(toy(op))]
+        assert run.main(args) == 0
+    assert results.read(out) == []
+    told = capsys.readouterr().out
+    assert (
+        "model throughput max x 1 x 2 after 37 ours: left out, no sequence fits into 4 GB" in told
+    )
+    assert "model prefill 1 x 70 x 2 case: left out, 4 GB do not fit into 4 GB" in told
 
 
 @pytest.mark.parametrize("mode", ["cold", "cold_train"])
@@ -171,6 +212,21 @@ def test_contestants_take_turns():
     burst = timing.BURST
     assert calls[: 4 * burst] == 2 * (["a"] * burst + ["b"] * burst)
     assert len(samples["a"]) == len(samples["b"]) == len(calls) / 2 - burst
+
+
+def test_long_calls_are_few(monkeypatch):
+    """A call of minutes is made twice: to get warm, and to be timed, beside short ones."""
+    monkeypatch.setattr(timing, "LONG", 1e-3)
+    calls = []
+    seconds, _ = timing.warm_up(lambda: calls.append(time.sleep(2e-3)), torch.device("cpu"))
+    assert seconds > 2e-3 and len(calls) == 2
+    contestants = {
+        "long": timing.one_call(lambda: calls.append(0), seconds),
+        "short": timing.one_call(lambda: None, 0.5e-3),
+    }
+    samples = timing.sample(contestants, torch.device("cpu"))
+    assert samples["long"] == [1e3 * seconds] and len(samples["short"]) > 1
+    assert len(calls) == 2
 
 
 def test_a_graph_counts_per_call():
