@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks import memory
-from benchmarks.ops import OPS
+from benchmarks.capacity import MOST_ROWS
+from benchmarks.ops import FLOORS, OPS
 from benchmarks.plots import Drawing, draw, drawings
-from benchmarks.results import ROOT, Row, label, read
+from benchmarks.results import COLUMNS, ROOT, Row, label, per_token, read
 
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 MODES = {"forward": "forward", "train": "forward + backward", "decode": "decode step"}
@@ -31,10 +32,14 @@ UNITS = {"kda_gradients": "relative RMS error of dA_log"}
 PROVIDERS = {"fla_bounded": "fla, bounded gate", "flash_kda": "FlashKDA, bounded gate"}
 PROVIDERS |= {"fla_recurrence": "fla, recurrence alone", "native": "transformers + fla"}
 PROVIDERS |= {"autocast": "ours, `bf16=True`", "bare": "bare loop"}
-PROVIDERS |= {"all_mla": "ours, every layer MLA"}
+PROVIDERS |= {"all_mla": "ours, every layer MLA", "floor_all_mla": "floor, every layer MLA"}
 PROVIDERS |= {name: f"transformers, {name}" for name in ("grouped_mm", "batched_mm")}
 # ours is compared with the first of them that is there
 BASELINES = ("fla", "native", "grouped_mm", "torch", "bare")
+LARGEST = (
+    f"Decode steps at the largest batch that fits into the GPU's memory, at most {MOST_ROWS:,} "
+    "sequences; the floor is that of the batch:"
+)
 MISSING = "-"
 T = TypeVar("T", str, tuple)
 
@@ -53,7 +58,7 @@ def in_order(found: Iterable[T], order: Iterable[T]) -> list[T]:
 
 
 def provider_order(op: str) -> list[str]:
-    return [name for o in OPS if o.name == op for name in o.providers] + ["floor"]
+    return [*(name for o in OPS if o.name == op for name in o.providers), *FLOORS]
 
 
 def letter_sizes(rows: Sequence[Row]) -> dict[str, list[int]]:
@@ -104,6 +109,29 @@ def table(op: str, rows: Sequence[Row]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def largest(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines: of each context who decodes after it, at batches of their own."""
+    at: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in rows:
+        at.setdefault((row["shape"]["L"], row["shape"]["S"]), {})[row["provider"]] = row
+    floor_of = {whose: name for name, whose in FLOORS.items()}
+    head = ["L", "after S", "model", "GB per sequence", "batch", "ms per step", "ms per token"]
+    head += ["its floor", "tokens per s", "every layer MLA / this", "by the floors"]
+    lines = [head, [*["---"] * 3, *["---:"] * (len(head) - 3)]]
+    for (L, S), found in sorted(at.items()):
+        ms = {name: per_token(row) for name, row in found.items()}
+        for name in in_order(found.keys() - FLOORS.keys(), provider_order("model")):
+            row, floor = found[name], floor_of.get(name, MISSING)
+            line = [str(L), str(S), PROVIDERS.get(name, name), digits(row["cache_mb"] / 1e3)]
+            line += [f"{row['batch']:,}", digits(row["ms_p50"]), digits(ms[name])]
+            line += [digits(ms[floor]) if floor in ms else MISSING, digits(1e3 / ms[name])]
+            for pair in (("all_mla", name), (floor_of["all_mla"], floor)):
+                known = set(pair) <= ms.keys()
+                line.append(digits(ms[pair[0]] / ms[pair[1]]) if known else MISSING)
+            lines.append(line)
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def provenance(rows: Sequence[Row], every_row: Sequence[Row]) -> str:
     """With what, when and at which commit the rows were measured, and what the GPU can do."""
     rates = {row["op"]: row for row in every_row if row["op"] in ("copy", "matmul")}
@@ -133,15 +161,20 @@ def peak_memory(rows: Sequence[Row]) -> str:
     return f"Peak memory of training above the inputs, GB: {text}. " if text else ""
 
 
-def section(op: str, rows: Sequence[Row], images: Sequence[str]) -> str:
+def section(op: str, rows: Sequence[Row], images: Sequence[Drawing], root: Path) -> str:
     """What stands between the markers of an op, for one GPU."""
     mine = [row for row in rows if row["op"] == op]
+    alone = [row for row in mine if not row["batch"]]
     gpu, dtype = mine[0]["gpu"], mine[0]["dtype"]
     sizes = constants(mine)
     caption = f"`{op}` on {gpu}, {dtype}{', ' if sizes else ''}{sizes}, {UNITS.get(op, 'ms')}:"
     lines = ["", caption, "", *table(op, mine), "", peak_memory(mine) + provenance(mine, rows), ""]
+    lines = ["", caption, "", *table(op, alone), ""] if alone else [""]
+    if full := [row for row in mine if row["batch"]]:
+        lines += [LARGEST, "", *largest(full), ""]
+    lines += [memory(mine) + provenance(mine, rows), ""]
     for image in images:
-        lines += [f"![{op} on {gpu}: time per token]({image})", ""]
+        lines += [f"![{image.alt}]({image.path.relative_to(root).as_posix()})", ""]
     return "\n".join(lines)
 
 
@@ -154,9 +187,9 @@ def readme_with(text: str, rows_of: dict[str, list[Row]], images: Sequence[Drawi
             return found[1] + memory.tables(root) + found[3]
         sections = []
         for gpu, rows in rows_of.items():
-            mine = [i.path for i in images if (i.gpu, i.plot.op) == (gpu, op)]
+            mine = [i for i in images if (i.gpu, i.plot.op) == (gpu, op)]
             if any(row["op"] == op for row in rows):
-                sections.append(section(op, rows, [p.relative_to(root).as_posix() for p in mine]))
+                sections.append(section(op, rows, mine, root))
         return found[1] + "".join(sections) + found[3]
 
     return BLOCK.sub(block, text)
@@ -165,7 +198,9 @@ def readme_with(text: str, rows_of: dict[str, list[Row]], images: Sequence[Drawi
 def results(root: Path) -> dict[str, list[Row]]:
     """GPU -> its rows, of all results files of a repository."""
     files = sorted((root / "benchmarks/results").glob("*.jsonl"))
-    rows = [row for file in files for row in read(file)]
+    # a column that is younger than a row is empty there
+    empty: Row = dict.fromkeys(COLUMNS)
+    rows = [empty | row for file in files for row in read(file)]
     return {gpu: [r for r in rows if r["gpu"] == gpu] for gpu in sorted({r["gpu"] for r in rows})}
 
 

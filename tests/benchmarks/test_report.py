@@ -1,8 +1,10 @@
 """benchmarks.report: tables between the markers, plots, and --check."""
 
+import json
+
 import pytest
 
-from benchmarks import plots, report, results
+from benchmarks import paper, plots, report, results
 from benchmarks.ops import OPS
 
 README = """# Title
@@ -111,8 +113,7 @@ def test_the_native_model_is_a_baseline_and_memory_is_told(repository):
         make_row("ours", 50.0, op="model", mode="train_step", peak_mb=16040.0),
         make_row("native", 100.0, op="model", mode="train_step", peak_mb=26660.0),
     )
-    blocks = "<!-- bench:model -->\n<!-- /bench:model -->\n"
-    (root / "README.md").write_text(README + blocks)
+    (root / "README.md").write_text(README + MODEL_BLOCK)
     text = written(root)
     assert table(text)[0][2:] == ["ours", "transformers + fla", "ours / native"]
     assert table(text)[2][2:] == ["50.0", "100", "0.50"]
@@ -166,7 +167,7 @@ def test_whole_models(repository):
         row("floor", 1.13, "decode_step", long),
         row("ours", 128.0, "generate", generate),
     )
-    (root / "README.md").write_text(README + "<!-- bench:model -->\n<!-- /bench:model -->\n")
+    (root / "README.md").write_text(README + MODEL_BLOCK)
     text = written(root)
     names = ["ours", "transformers + fla", "ours, every layer MLA", "floor", "ours / native"]
     assert table(text) == [
@@ -182,6 +183,48 @@ def test_whole_models(repository):
     sizes = "D 2304, K 128, E 256, F 1024, R 512, vocab 163840"
     assert f"`model` on {H100}, bfloat16, {sizes}, ms:" in text
     assert "training above the inputs, GB: 1 x 4096 x 32: ours 0.00900. " in text
+
+
+def largest_rows(S: int, **steps: tuple[int, float]):
+    """Of each provider: the batch, and ms of a step."""
+    shape = next(op.shapes[0] for op in OPS if op.mode == "throughput") | {"S": S}
+    return [
+        make_row(name, ms, op="model", mode="throughput", shape=shape, batch=B, cache_mb=2429.0)
+        for name, (B, ms) in steps.items()
+    ]
+
+
+MODEL_BLOCK = "<!-- bench:model -->\n<!-- /bench:model -->\n"
+
+
+def test_largest_batches(repository):
+    """A table of their own: time per token, and how much longer every layer MLA takes."""
+    rows = largest_rows(1048576, ours=(50, 40.0), all_mla=(10, 30.0), floor=(50, 30.0))
+    rows += largest_rows(1048576, floor_all_mla=(10, 27.0)) + largest_rows(4096, ours=(1024, 20.0))
+    root = repository(*rows)
+    (root / "README.md").write_text(README + MODEL_BLOCK)
+    text = written(root)
+    head, _, *lines = table(text)
+    assert head[3:] == [
+        "GB per sequence", "batch", "ms per step", "ms per token", "its floor", "tokens per s",
+        "every layer MLA / this", "by the floors",
+    ]  # fmt: skip
+    mla = "ours, every layer MLA"
+    assert lines == [
+        ["8", "4096", "ours", "2.43", "1,024", "20.0", "0.0195", "-", "51,200", "-", "-"],
+        ["8", "1048576", "ours", "2.43", "50", "40.0", "0.800", "0.600", "1,250", "3.75", "4.50"],
+        ["8", "1048576", mla, "2.43", "10", "30.0", "3.00", "2.70", "333", "1.00", "1.00"],
+    ]
+    assert "at most 1,024 sequences" in text and "measured 2026-11-22 at abc1234." in text
+
+
+def test_rows_older_than_a_column(repository):
+    old = make_row()
+    del old["batch"], old["cache_mb"]
+    root = repository(make_row("fla"))
+    path = root / "benchmarks/results/h100.jsonl"
+    path.write_text(path.read_text() + json.dumps(old) + "\n")
+    assert table(written(root))[2][2:] == ["1.00", "1.00", "1.00"]
 
 
 def test_rows_are_ordered_as_declared(repository):
@@ -245,6 +288,46 @@ def test_curves():
     found = plots.curves(plots.PLOTS[0], [*rows, other_heads, *no_times])
     assert found == {"fla": [[2048, 488.3]], "ours": [[2048, 97.66], [8192, 61.04]]}
     assert plots.curves(plots.PLOTS[0], rows[1:]) == {}
+
+
+def test_ratios_beside_the_paper():
+    """Time per token at batches of their own; the paper's points are as its caption has them."""
+    (plot,) = (plot for plot in plots.PLOTS if plot.mode == "throughput")
+    rows = largest_rows(4096, ours=(1024, 20.48), all_mla=(1024, 20.48))
+    rows += largest_rows(2**20, ours=(50, 40.0), all_mla=(10, 30.0), floor=(50, 30.0))
+    rows += largest_rows(2**20, floor_all_mla=(10, 27.0))
+    lines = plots.curves(plot, rows)
+    assert list(lines) == ["ours", "all_mla", "floor", "floor_all_mla"]
+    assert lines["ours"] == [[4096, 0.02], [2**20, 0.8]]
+    found = plots.ratios(plot, lines)
+    assert found["measured"] == [[4096, 1.0], [2**20, pytest.approx(3.75)]]
+    assert found["by the floors"] == [[2**20, pytest.approx(4.5)]]
+    assert found["paper *"][-1] == [2**20, 11.48 / 1.84] and len(found["paper *"]) == 9
+    assert plots.ratios(plots.PLOTS[0], lines) == {
+        name: points for name, points in found.items() if name != "paper *"
+    }
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode_step", "throughput"])
+def test_plot_beside_the_paper(repository, mode):
+    """The paper's points are drawn, marked as such, and told apart from what was measured here."""
+    (op,) = (op for op in OPS if op.mode == mode)
+    batch = {"batch": 9, "cache_mb": 1.0} if mode == "throughput" else {}
+    root = repository(
+        *(
+            make_row(name, 2.0, op="model", mode=mode, shape=shape, **batch)
+            for shape in op.shapes[:3]
+            for name in ("ours", "all_mla")
+        )
+    )
+    (root / "README.md").write_text(README + MODEL_BLOCK)
+    text = written(root)
+    (path,) = (root / "benchmarks/plots").iterdir()
+    assert f", 8 layers, {H100}: time per " in text and f"](benchmarks/plots/{path.name})" in text
+    drawn = path.read_text()
+    for words in ("paper *: Kimi Linear", "paper *: every layer MLA", f"* {paper.SOURCE}"):
+        assert f">{words}</text>" in drawn
+    assert ">every layer MLA / Kimi Linear</text>" in drawn and ">1M</text>" in drawn
 
 
 def test_undrawn_plot(repository, capsys):
