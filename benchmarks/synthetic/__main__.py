@@ -5,14 +5,18 @@ python -m benchmarks.synthetic report
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import itertools
 import math
+import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -51,12 +55,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--budget", type=float, default=math.inf, metavar="SECONDS",
         help="of all runs together; each gets an equal share of what is left",
     )  # fmt: skip
+    run.add_argument("--jobs", type=int, default=1, help="runs at a time, on the one device")
     run.add_argument("--eager", action="store_true", help="on a GPU too, no CUDA graph")
     run.add_argument("--out", type=Path, help="default: benchmarks/synthetic/results/<gpu>.jsonl")
     run.add_argument("--git", help="the commit, where there is no repository to ask")
     args = parser.parse_args(argv)
     if args.command == "run":
-        for name in ("steps", "tokens", "every", "budget"):
+        for name in ("steps", "tokens", "every", "budget", "jobs"):
             if getattr(args, name) < 1:
                 parser.error(f"--{name} is {getattr(args, name)}, want at least 1")
         if not min(args.lr) > 0:
@@ -80,25 +85,53 @@ def row_of(setting: Setting, outcome: Outcome, gpu: str, git: str | None) -> dic
     return row | {"git": git, "date": today}
 
 
+def attempt(setting: Setting, device: torch.device, deadline: float, eager: bool) -> Outcome | str:
+    """The outcome of a run, or what it raised."""
+    try:
+        return train(setting, device, deadline=deadline, eager=eager, report=log)
+    except Exception:  # the other runs go on
+        return traceback.format_exc()
+
+
+def outcomes(args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
+    """Every setting with what became of it, as they end: `args.jobs` at a time, by `args.budget`.
+
+    Several are trained by processes of their own. A deadline is by a clock that they share.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(args.jobs, spawn) if args.jobs > 1 else None
+    end, waiting = time.monotonic() + args.budget, deque(args.settings)
+    running: dict[Future, Setting] = {}
+    with pool or contextlib.nullcontext():
+        while waiting or running:
+            now = time.monotonic()
+            if waiting and now >= end:
+                log(f"the budget of {args.budget:g} s is spent; {len(waiting)} runs are left out")
+                waiting.clear()
+            if waiting and len(running) < args.jobs:
+                rounds = -(-len(waiting) // args.jobs)
+                deadline = now + (end - now) / rounds
+                setting = waiting.popleft()
+                what = setting, device, deadline, args.eager
+                if pool is None:
+                    yield setting, attempt(*what)
+                else:
+                    running[pool.submit(attempt, *what)] = setting
+            elif running:
+                for done in wait(running, return_when=FIRST_COMPLETED)[0]:
+                    yield running.pop(done), done.result()
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if a run raised, 0 otherwise."""
     cuda = torch.cuda.is_available()
     gpu = torch.cuda.get_device_name() if cuda else "cpu"
     path = args.out or FOLDER / "results" / f"{slug(gpu)}.jsonl"
-    git, ok, end = args.git or commit(), True, time.monotonic() + args.budget
-    for i, setting in enumerate(args.settings):
-        left = len(args.settings) - i
-        now = time.monotonic()
-        if now >= end:
-            print(f"the budget of {args.budget:g} s is spent; {left} runs are left out")
-            break
+    git, ok = args.git or commit(), True
+    for setting, outcome in outcomes(args, torch.device("cuda" if cuda else "cpu")):
         what = f"{setting.task} {setting.mixer} {setting.length} lr {setting.lr:g}"
-        try:
-            deadline = now + (end - now) / left
-            outcome = train(setting, torch.device("cuda" if cuda else "cpu"),
-                            deadline=deadline, eager=args.eager, report=log)  # fmt: skip
-        except Exception:  # the other runs go on
-            log(f"{what}: NOT TRAINED\n{traceback.format_exc()}")
+        if isinstance(outcome, str):
+            log(f"{what}: NOT TRAINED\n{outcome}")
             ok = False
             continue
         log(f"{what}: {outcome.stop} after {outcome.steps} steps, {outcome.seconds:g} s")

@@ -1,7 +1,9 @@
 """benchmarks.synthetic: what the tasks ask, that every mixer learns, and what is shown of it."""
 
+import contextlib
 import json
 import math
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -302,9 +304,45 @@ def test_a_budget_is_shared(tmp_path, on_cpu, monkeypatch, capsys):
     assert "the budget of 300 s is spent; 1 runs are left out" in capsys.readouterr().out
 
 
+def test_runs_side_by_side(tmp_path, on_cpu, capsys):
+    """By two processes into one file, with the numbers that they have one after the other."""
+    files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    argv = ["run", "--task", "palindrome", "stack", "--mixer", "softmax", "--length", "16"]
+    argv += ["--steps", "2", "--every", "1", "--tokens", "64", "--budget", "600", "--out"]
+    assert cli.main([*argv, str(files[0])]) == 0
+    assert cli.main([*argv, str(files[1]), "--jobs", "2"]) == 0
+    one, two = ([(r["task"], r["accuracy"], r["curve"]) for r in read(file)] for file in files)
+    assert one == two and [task for task, *_ in two] == ["palindrome", "stack"]
+
+
+def test_jobs_share_a_budget(on_cpu, monkeypatch, capsys):
+    """Of three runs by two, the first makes room for the last one; the others may take it all."""
+    clock, shares = [0.0], []
+
+    class Pool(contextlib.nullcontext):
+        def __init__(self, jobs, context):
+            super().__init__(self)
+            assert jobs == 2 and context.get_start_method() == "spawn"
+
+        def submit(self, function, setting, device, deadline, eager):
+            shares.append(deadline - clock[0])
+            clock[0] += 10
+            future = Future()
+            future.set_result("Traceback: broken")
+            return future
+
+    monkeypatch.setattr(cli, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
+    argv = ["run", "--task", "stack", "--length", "256", "--budget", "300", "--jobs", "2"]
+    assert cli.main(argv) == 1
+    assert shares == [150, 290, 280]
+    assert capsys.readouterr().out.count("NOT TRAINED\nTraceback: broken") == 3
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["--jobs", "0"], "--jobs is 0, want at least 1"),
         (["--length", "15"], "length is 15, want 4 to 1048576, a multiple of 2"),
         (["--task", "mqar", "--length", "18"], "length is 18, want 4 to 16380, a multiple of 4"),
         (["--task", "stack", "--length", "2"], "length is 2, want 4 to 1048576"),
