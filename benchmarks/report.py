@@ -168,11 +168,10 @@ def section(op: str, rows: Sequence[Row], images: Sequence[Drawing], root: Path)
     gpu, dtype = mine[0]["gpu"], mine[0]["dtype"]
     sizes = constants(mine)
     caption = f"`{op}` on {gpu}, {dtype}{', ' if sizes else ''}{sizes}, {UNITS.get(op, 'ms')}:"
-    lines = ["", caption, "", *table(op, mine), "", peak_memory(mine) + provenance(mine, rows), ""]
     lines = ["", caption, "", *table(op, alone), ""] if alone else [""]
     if full := [row for row in mine if row["batch"]]:
         lines += [LARGEST, "", *largest(full), ""]
-    lines += [memory(mine) + provenance(mine, rows), ""]
+    lines += [peak_memory(mine) + provenance(mine, rows), ""]
     for image in images:
         lines += [f"![{image.alt}]({image.path.relative_to(root).as_posix()})", ""]
     return "\n".join(lines)
