@@ -4,6 +4,7 @@ from kimi_kernels.causal_conv import causal_conv
 from kimi_kernels.dispatch import backend
 from kimi_kernels.gated_norm import gated_rms_norm
 from kimi_kernels.kda import chunk_kda, fused_kda, kda_gate, kda_step, l2norm, recurrent_kda
+from kimi_kernels.latents import quantize_latents, store_latents
 from kimi_kernels.linears import fused_linears
 from kimi_kernels.mla import latent_attention
 from kimi_kernels.moe import expert_mlp, route
@@ -22,7 +23,9 @@ __all__ = [
     "kda_step",
     "l2norm",
     "latent_attention",
+    "quantize_latents",
     "recurrent_kda",
     "rms_norm",
     "route",
+    "store_latents",
 ]

@@ -31,6 +31,8 @@ from kimi_kernels.checks import (
     sequence_bounds,
 )
 from kimi_kernels.dispatch import reference_only, use_triton
+from kimi_kernels.latents import QuantizedLatents, check_quantized
+from kimi_kernels.operators import wants_gradient
 
 AT_ONCE = 2**30  # numbers of expanded keys and values, or of a mask
 
@@ -102,7 +104,7 @@ def _absorbed(q, latent, w_kv, R, scale, positions) -> Tensor:
 
 def latent_attention(
     q: Tensor,
-    latent: Tensor,
+    latent: Tensor | QuantizedLatents,
     w_kv: Tensor,
     *,
     scale: float,
@@ -119,7 +121,8 @@ def latent_attention(
     Args:
         q: queries, `[B, T, H, D_n + P]`; bf16, fp16, fp32 or fp64.
         latent: `[B, S, R + P]`: normalised c, then k_r. Same dtype. A slice `cache[:, :S]` is not
-            copied. What no query sees counts for nothing, but must be finite.
+            copied. What no query sees counts for nothing, but must be finite. Or latents in fp8 as
+            `quantize_latents` makes them: the same as their `dequantize()`, without a gradient.
         w_kv: `kv_b_proj.weight`, `[H * (D_n + D_v), R]`, per head D_n key rows, then D_v value
         rows.
         scale: of the scores; the model uses `(D_n + P) ** -0.5`.
@@ -136,15 +139,22 @@ def latent_attention(
         ValueError: shapes, dtypes or devices that do not fit together, or Triton is forced on what
             has no kernel.
     """
-    if q.ndim != 4 or latent.ndim != 3 or w_kv.ndim != 2:
-        shapes = [list(x.shape) for x in (q, latent, w_kv)]
+    fp8 = isinstance(latent, QuantizedLatents)
+    c = latent.c if fp8 else latent
+    if q.ndim != 4 or c.ndim != 3 or (fp8 and latent.k_r.ndim != 3) or w_kv.ndim != 2:
+        shapes = [list(x.shape) for x in (q, *(latent if fp8 else (latent,)), w_kv)]
         raise ValueError(
             f"q, latent, w_kv have shapes {shapes}, want [B, T, H, D], [B, S, R+P], [H*(Dn+Dv), R]"
         )
-    (B, T, H, D), (_, S, L), R = q.shape, latent.shape, w_kv.shape[1]
+    (B, T, H, D), S, R = q.shape, c.shape[1], w_kv.shape[1]
     check_float("q", q, q)
-    check_shape("latent", latent, B, S, L)
-    check_like("latent", latent, "q", q)
+    if isinstance(latent, QuantizedLatents):
+        L = R + latent.k_r.shape[2]
+        check_quantized(latent, B, S, R, L - R, q)
+    else:
+        L = latent.shape[2]
+        check_shape("latent", latent, B, S, L)
+        check_like("latent", latent, "q", q)
     check_like("w_kv", w_kv, "q", q)
     P, per_head = L - R, w_kv.shape[0] // H
     if P < 0 or D <= P or w_kv.shape[0] % H or per_head <= D - P:
@@ -169,12 +179,14 @@ def latent_attention(
     absorbed = decodes and absorbed_is_cheaper(T, R, P, D_n, per_head - D_n)
     if not absorbed:
         reference_only("the expanded form of latent_attention")
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, latent, w_kv)):
+    elif wants_gradient(q, latent, w_kv):
         reference_only("the gradient of latent_attention")
     elif use_triton(q):
         from kimi_kernels.mla_decode_triton import latent_decode_triton
 
         return latent_decode_triton(q, latent, w_kv, scale, positions)
+    if isinstance(latent, QuantizedLatents):
+        latent = latent.dequantize()
 
     if cu_seqlens is not None:
         bounds = sequence_bounds(cu_seqlens, q)

@@ -13,6 +13,7 @@ with a fence between the threads' writes and the `wgmma` that reads them.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kimi_kernels.dispatch import capability
-from kimi_kernels.mla_decode_triton import LOW, count_visible, find_run
+from kimi_kernels.mla_decode_triton import LOW, Rows, count_visible, find_run
 from kimi_kernels.overlap import wait_for_inputs
 from kimi_kernels.triton_math import RCP_LN2, ex2
 
@@ -57,14 +58,13 @@ def later(x):
 @gluon.jit
 def copy_tile(c_tiles, r_tiles, i_b, i, c_s, r_s, bars, count, wanted):
     """Where `wanted`, start to copy tile i of sequence i_b, the count-th of this program."""
-    R: gl.constexpr = c_tiles.block_shape[2]
     c, r, bar = c_s.index(count % 2), r_s.index(count % 2), bars.index(count % 2)
     c = c._reinterpret(c.dtype, c_tiles.block_shape, c_tiles.layout)
     r = r._reinterpret(r.dtype, r_tiles.block_shape, r_tiles.layout)
     i_n = i * c_tiles.block_shape[1]
     mbarrier.expect(bar, c_tiles.block_type.nbytes + r_tiles.block_type.nbytes, pred=wanted)
     tma.async_copy_global_to_shared(c_tiles, [i_b, i_n, 0], bar, c, pred=wanted)
-    tma.async_copy_global_to_shared(r_tiles, [i_b, i_n, R], bar, r, pred=wanted)
+    tma.async_copy_global_to_shared(r_tiles, [i_b, i_n, 0], bar, r, pred=wanted)
 
 
 @gluon.jit(do_not_specialize=["B", "T", "S", "P"])
@@ -74,7 +74,7 @@ def latent_decode_gluon(
     H: gl.constexpr, R: gl.constexpr, L: gl.constexpr, D: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BB: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """As `latent_decode_kernel`; c_tiles and r_tiles describe the latents [B, S, L]."""
+    """As `latent_decode_kernel`; c_tiles and r_tiles describe the latents' parts [B, S, ..]."""
     W: gl.constexpr = gl.num_warps()
     DT: gl.constexpr = q_c.dtype.element_ty
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, BM // (W // 4), 16])
@@ -167,18 +167,22 @@ def latent_decode_gluon(
     wait_for_inputs(OVERLAP)  # also where there is no run
 
 
-def takes(latent: Tensor, s_t: int, tokens: int, R: int) -> bool:
-    """Whether the kernel serves latents [B, S, R + P] with `tokens` rows of s_t per sequence.
+def can_be_copied(part: Rows) -> bool:
+    """Whether the copy engine reads it: 16-byte rows, and sequences that do not overlap."""
+    x = part.x
+    aligned = (x.data_ptr() | part.stride * x.element_size()) % 16 == 0
+    return aligned and part.rows >= x.shape[1]
 
-    The copy engine wants 16-byte rows, and sequences that do not overlap.
-    """
+
+def takes(c: Rows, k_r: Rows) -> bool:
+    """Whether the kernel serves latents of these parts."""
     return (
-        capability(latent.device) == (9, 0)
-        and latent.dtype in (torch.bfloat16, torch.float16)
-        and R in (64, 128, 256, 512)
-        and latent.shape[2] - R in (16, 32, 64, 128)
-        and (latent.data_ptr() | s_t * latent.element_size()) % 16 == 0
-        and tokens >= latent.shape[1]
+        capability(c.x.device) == (9, 0)
+        and c.x.dtype in (torch.bfloat16, torch.float16)
+        and c.x.shape[2] in (64, 128, 256, 512)
+        and k_r.x.shape[2] in (16, 32, 64, 128)
+        and can_be_copied(c)
+        and can_be_copied(k_r)
     )
 
 
@@ -193,17 +197,20 @@ def tile_layout(BN: int, channels: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, BN, channels], gl.float16)
 
 
-def describe_tiles(
-    latent: Tensor, s_t: int, tokens: int, R: int, BN: int
-) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """`latent` for the copy engine, c's part and k_r's; past the end of a sequence there are zeros.
+def describe_tiles(part: Rows, BN: int) -> TensorDescriptor:
+    """A part of the latents for the copy engine; past the end of a sequence there are zeros.
 
     Two dimensions would do, but then a sequence's last tile had the next one's latents in it, whose
     weights are 0, which does not help against inf and nan.
     """
-    shape, strides = list(latent.shape), [tokens * s_t, s_t, 1]
-    c, r = (
-        TensorDescriptor(latent, shape, strides, [1, BN, channels], tile_layout(BN, channels))
-        for channels in (R, latent.shape[2] - R)
-    )
-    return c, r
+    (B, S, channels), s_t = part.x.shape, part.stride
+    strides, tile = [part.rows * s_t, s_t, 1], [1, BN, channels]
+    return TensorDescriptor(part.x, [B, S, channels], strides, tile, tile_layout(BN, channels))
+
+
+def launch(
+    grid: tuple[int], q_c: Tensor, q: Tensor, c: Rows, k_r: Rows, factors: None,
+    args: tuple, constants: dict[str, Any],
+) -> None:  # fmt: skip
+    tiles = (describe_tiles(x, constants["BN"]) for x in (c, k_r))
+    latent_decode_gluon[grid](q_c, q, *tiles, *args, **constants)

@@ -16,22 +16,30 @@ The order of every sum is fixed by the lengths, so two runs are bit-equal.
 Scores are [latents, queries] and the output [channels, queries]: of latents and channels there are
 enough for the rows of a product, 64 in a `wgmma`, and a tile of latents is the left operand of both
 products. Softmax is in log2, sums are in fp32. Hopper has a `decode` of its own for the usual
-latents, in mla_decode_gluon.py; the one here takes all, from pointers.
+latents, in mla_decode_gluon.py and mla_fp8_gluon.py; the one here takes all, from pointers.
+
+The scale a of a latent in fp8 (latents.py) is taken out of both products: the first is multiplied
+by it, and in the second it is a part of the weight. That weight, 2^(s + log2 a - maximum), is at
+most 1 as well, so it fits into any dtype; the sum of weights has it divided by a.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels import latents
+from kimi_kernels.latents import QuantizedLatents
+from kimi_kernels.latents_triton import from_e4m3
 from kimi_kernels.linears import MOST_ROWS
 from kimi_kernels.mla_heads_triton import absorb, expand
 from kimi_kernels.overlap import overlap, wait_for_inputs
-from kimi_kernels.triton_math import RCP_LN2, ex2
+from kimi_kernels.triton_math import RCP_LN2, ex2, lg2
 
+LEAST = tl.constexpr(latents.LEAST)
 LOW = tl.constexpr(-1e38)  # maximum of no scores; finite, so that no difference is nan
 SEQUENCES = 1024  # whose lengths a program looks at together
 
@@ -80,17 +88,27 @@ def find_run(
     return first, tl.minimum(first + share, tiles), i_b, start, share
 
 
-@triton.jit(do_not_specialize=["B", "T", "S", "P", "rows"])
+@triton.jit
+def load_scales(p, m):
+    """Of latents in fp8; of those that are nothing at all it may be 0, and is made small here."""
+    x = tl.load(p, mask=m, other=1.0)
+    return tl.where(x == 0, LEAST, x)
+
+
+@triton.jit(do_not_specialize=["B", "T", "S", "P", "rows_c", "rows_r", "rows_f"])
 def latent_decode_kernel(
-    q_c, q, latent, positions, o, part, weight, runs,
-    B, T, S, P, scale, rows,
-    H: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr, s_t: tl.constexpr,
+    q_c, q, c, k_r, factors, positions, o, part, weight, runs,
+    B, T, S, P, scale, rows_c, rows_r, rows_f,
+    H: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+    s_c: tl.constexpr, s_r: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, BB: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Block i_m, BM of the T H queries of each sequence, on run i_p of the latents it sees.
 
-    q_c, o [H, B, T, R]; q [B, T, H, D], k_r's part last; latent: `rows` rows of s_t per sequence.
+    q_c, o [H, B, T, R]; q [B, T, H, D], k_r's part last; c: rows_c rows of s_c per sequence, each
+    with k_r behind it. With `factors`, the scales, rows_f per sequence, c has the bytes of e4m3
+    and k_r is apart, likewise.
     Of run p + b: part [P+B-1, T, H, R], sum of 2^(s - maximum) c; weight [P+B-1, T, H, 2], maximum
     and sum of 2^(s - maximum). runs [B, blocks, 2]: first slot and number of a sequence.
     """
@@ -108,7 +126,9 @@ def latent_decode_kernel(
         n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
         end = start + (n + BN - 1) // BN
         stop = tl.minimum(end, hi)
-        p_c = latent + (i_b.to(tl.int64) * rows + (lo - start) * BN) * s_t
+        p_c = c + (i_b.to(tl.int64) * rows_c + (lo - start) * BN) * s_c
+        if factors is not None:
+            p_r = k_r + (i_b.to(tl.int64) * rows_r + (lo - start) * BN) * s_r
         token = i_b.to(tl.int64) * T + i_t
         if positions is None:
             last = S - T + i_t
@@ -119,25 +139,40 @@ def latent_decode_kernel(
         p_q = (i_h.to(tl.int64) * B * T + token) * R  # in q_c and o
         b_q = tl.load(q_c + p_q[:, None] + o_r, mask=m_m[:, None] & m_r, other=0.0)  # [BM, BR]
         if L > R:
-            p_r = q + (token * H + i_h) * D + (D - (L - R))
-            b_qr = tl.load(p_r[:, None] + o_l, mask=m_m[:, None] & m_l, other=0.0)  # [BM, BL]
+            p_qr = q + (token * H + i_h) * D + (D - (L - R))
+            b_qr = tl.load(p_qr[:, None] + o_l, mask=m_m[:, None] & m_l, other=0.0)  # [BM, BL]
         b_o = tl.zeros([BR, BM], tl.float32)
         b_m, b_w = tl.full([BM], LOW, tl.float32), tl.zeros([BN, BM], tl.float32)
         for i in range(lo - start, stop - start):
-            o_i, p_i = i * BN + o_n, p_c + (o_n * s_t)[:, None]
+            o_i = i * BN + o_n
             m_i = o_i[:, None] < n
-            b_c = tl.load(p_i + o_r, mask=m_i & m_r, other=0.0)  # [BN, BR]
+            b_c = tl.load(p_c + (o_n * s_c)[:, None] + o_r, mask=m_i & m_r, other=0)  # [BN, BR]
+            if factors is not None:
+                p_f = factors + i_b.to(tl.int64) * rows_f + o_i
+                b_f, b_c = load_scales(p_f, o_i < n), from_e4m3(b_c, b_q.dtype)
             b_s = tl.dot(b_c, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+            if factors is not None:
+                b_s *= b_f[:, None]
             if L > R:
-                b_r = tl.load(p_i + (R + o_l), mask=m_i & m_l, other=0.0)  # [BN, BL]
+                if factors is None:
+                    p_l = p_c + (o_n * s_c)[:, None] + (R + o_l)
+                else:
+                    p_l = p_r + (o_n * s_r)[:, None] + o_l
+                b_r = tl.load(p_l, mask=m_i & m_l, other=0.0)  # [BN, BL]
                 b_s = tl.dot(b_r, tl.trans(b_qr), b_s, input_precision="ieee")
-            b_s = tl.where(o_i[:, None] <= last[None, :], b_s * (scale * RCP_LN2), -float("inf"))
+            b_s *= scale * RCP_LN2
+            if factors is not None:
+                b_s += lg2(b_f)[:, None]
+            b_s = tl.where(o_i[:, None] <= last[None, :], b_s, -float("inf"))
             b_x = tl.maximum(b_m, tl.max(b_s, 0))
             b_p, b_d = ex2(b_s - b_x[None, :]), ex2(b_m - b_x)
-            b_w = b_w * b_d[None, :] + b_p  # summed over the latents at the end
+            b_z = b_p if factors is None else b_p * (1 / b_f)[:, None]
+            b_w = b_w * b_d[None, :] + b_z  # summed over the latents at the end
             b_p = b_p.to(b_c.dtype)
             b_o = tl.dot(tl.trans(b_c), b_p, b_o * b_d[None, :], input_precision="ieee")
-            b_m, p_c = b_x, p_c + BN * s_t
+            b_m, p_c = b_x, p_c + BN * s_c
+            if factors is not None:
+                p_r += BN * s_r
         b_z = tl.sum(b_w, 0)
         m_o = m_m[None, :] & m_r[:, None]
         if (lo == start) & (stop == end):
@@ -232,27 +267,50 @@ def count_programs(blocks: int, tiles: int, processors: int) -> int:
     return min(range(1, most + 1), key=lambda P: triton.cdiv(P * blocks, processors) / P)
 
 
-def cache_rows(latent: Tensor) -> tuple[Tensor, int, int]:
-    """`latent` [B, S, L] with unit stride in L, its stride per token, and tokens per sequence.
+class Rows(NamedTuple):
+    """A part of the latents in memory: `rows` rows of `stride` elements per sequence."""
 
-    A slice of a longer cache stays where it is; other layouts are copied.
+    x: Tensor  # [B, S, channels]
+    stride: int
+    rows: int
+
+
+def cache_rows(x: Tensor) -> Rows:
+    """Of x [B, S, L], with unit stride in L. A slice of a longer cache stays where it is.
+
+    Other layouts are copied.
     """
-    B, S, L = latent.shape
-    s_b, s_t, s_l = latent.stride()
+    B, S, L = x.shape
+    s_b, s_t, s_l = x.stride()
     if (s_l != 1 and L > 1) or s_t < L or (B > 1 and s_b % s_t):
-        latent, s_b, s_t = latent.clone(memory_format=torch.contiguous_format), S * L, L
-    return latent, s_t, s_b // s_t if B > 1 else S
+        x, s_b, s_t = x.clone(memory_format=torch.contiguous_format), S * L, L
+    return Rows(x, s_t, s_b // s_t if B > 1 else S)
+
+
+def latent_rows(latent: Tensor | QuantizedLatents, R: int) -> tuple[Rows, Rows, Tensor | None]:
+    """c, k_r, and of latents in fp8 their scales, with unit stride within a sequence."""
+    if isinstance(latent, QuantizedLatents):
+        (c, k_r), scale = (cache_rows(x) for x in latent[:2]), latent.scale
+        scale = scale if scale.stride(1) == 1 else scale.contiguous()
+        return c._replace(x=c.x.view(torch.uint8)), k_r, scale
+    whole = cache_rows(latent)
+    return whole._replace(x=whole.x[..., :R]), whole._replace(x=whole.x[..., R:]), None
 
 
 def latent_decode_fwd(
-    q: Tensor, latent: Tensor, w_kv: Tensor, scale: float, positions: Tensor | None
+    q: Tensor,
+    latent: Tensor | QuantizedLatents,
+    w_kv: Tensor,
+    scale: float,
+    positions: Tensor | None,
 ) -> Tensor:
     """Arguments of `latent_attention` -> o [B, T, H, D_v]. A query that sees nothing gets zeros."""
-    from kimi_kernels import mla_decode_gluon  # not above: it imports from this module
+    from kimi_kernels import mla_decode_gluon, mla_fp8_gluon  # not above: they import from here
 
-    (B, T, H, D), S, (_, R) = q.shape, latent.shape[1], w_kv.shape
-    w = w_kv.view(H, -1, R)
-    L, D_n = latent.shape[2], D - (latent.shape[2] - R)
+    (B, T, H, D), (_, R) = q.shape, w_kv.shape
+    c, k_r, factors = latent_rows(latent, R)
+    (_, S, P_r), w = k_r.x.shape, w_kv.view(H, -1, R)
+    D_n = D - P_r
     o = q.new_empty(B * T, H, w.shape[1] - D_n)
     if o.numel() == 0 or S == 0:
         return o.zero_().unflatten(0, (B, T))
@@ -262,14 +320,14 @@ def latent_decode_fwd(
         q_c = absorb(q.flatten(0, 1), w[:, :D_n])
     else:
         q_c = torch.bmm(q[..., :D_n].flatten(0, 1).transpose(0, 1), w[:, :D_n])  # [H, B T, R]
-    latent, s_t, rows = cache_rows(latent)
     positions = None if positions is None else positions.contiguous()
     processors, shared = device_limits(q.device)
-    gluon = mla_decode_gluon.takes(latent, s_t, rows, R)
+    form = mla_decode_gluon if factors is None else mla_fp8_gluon
+    gluon = form.takes(c, k_r)
     if gluon:
-        size = mla_decode_gluon.pick_tiles(T * H, R, L - R)
+        size = form.pick_tiles(T * H, R, P_r)
     else:
-        size = pick_tiles(T * H, R, L - R, q.element_size(), shared)
+        size = pick_tiles(T * H, R, P_r, q.element_size(), shared)
     BM, BN = size["BM"], size["BN"]
     blocks = triton.cdiv(T * H, BM)
     P = count_programs(blocks, min(B * triton.cdiv(S, BN), processors), processors)
@@ -280,16 +338,16 @@ def latent_decode_fwd(
     runs = torch.empty(B, blocks, 2, dtype=torch.int32, device=q.device)
     args = (positions, o_c, part, weight, runs, B, T, S, P, float(scale))
     BB = min(SEQUENCES, max(32, triton.next_power_of_2(B)))  # at least 32: one binary for few
-    constants: dict[str, Any] = size | {"H": H, "R": R, "L": L, "D": D, "BB": BB}
+    constants: dict[str, Any] = size | {"H": H, "R": R, "L": R + P_r, "D": D, "BB": BB}
+    constants |= overlap(q.device)
     if gluon:
-        tiles = mla_decode_gluon.describe_tiles(latent, s_t, rows, R, BN)
-        mla_decode_gluon.latent_decode_gluon[(blocks * P,)](
-            q_c, q, *tiles, *args, **constants, **overlap(q.device)
-        )
+        form.launch((blocks * P,), q_c, q, c, k_r, factors, args, constants)
     else:
         latent_decode_kernel[(blocks * P,)](
-            q_c, q, latent, *args, rows, s_t=s_t, **constants, **overlap(q.device)
-        )
+            q_c, q, c.x, k_r.x, factors, *args,
+            c.rows, k_r.rows, 0 if factors is None else factors.stride(0),
+            s_c=c.stride, s_r=k_r.stride, **constants,
+        )  # fmt: skip
     # with many runs per sequence: 4 us instead of 15 for one of 131,072 tokens on an H200
     BS, BC = (128, 64) if P > 32 * B else (32, 128)
     BC = min(BC, triton.next_power_of_2(R))
@@ -309,21 +367,35 @@ def latent_decode_fwd(
 
 @torch.library.custom_op("kimi_kernels::latent_decode", mutates_args=())
 def latent_decode_op(
-    q: Tensor, latent: Tensor, w_kv: Tensor, scale: float, positions: Tensor | None
+    q: Tensor,
+    latent: Tensor,
+    w_kv: Tensor,
+    scale: float,
+    positions: Tensor | None,
+    k_r: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """See `latent_decode_fwd`; without a gradient."""
-    return latent_decode_fwd(q, latent, w_kv, scale, positions)
+    """See `latent_decode_fwd`; without a gradient. With k_r and factors `latent` is c."""
+    parts = latent if k_r is None or factors is None else QuantizedLatents(latent, k_r, factors)
+    return latent_decode_fwd(q, parts, w_kv, scale, positions)
 
 
 @latent_decode_op.register_fake
-def _(q, latent, w_kv, scale, positions):
-    D_n = q.shape[3] - (latent.shape[2] - w_kv.shape[1])
-    return q.new_empty(*q.shape[:3], w_kv.shape[0] // q.shape[2] - D_n)
+def _(q, latent, w_kv, scale, positions, k_r=None, factors=None):
+    P_r = latent.shape[2] - w_kv.shape[1] if k_r is None else k_r.shape[2]
+    return q.new_empty(*q.shape[:3], w_kv.shape[0] // q.shape[2] - (q.shape[3] - P_r))
 
 
 def latent_decode_triton(
-    q: Tensor, latent: Tensor, w_kv: Tensor, scale: float, positions: Tensor | None
+    q: Tensor,
+    latent: Tensor | QuantizedLatents,
+    w_kv: Tensor,
+    scale: float,
+    positions: Tensor | None,
 ) -> Tensor:
     """`latent_decode_op` for a compiler, otherwise `latent_decode_fwd`."""
-    call = latent_decode_op if torch.compiler.is_compiling() else latent_decode_fwd
-    return call(q, latent, w_kv, scale, positions)
+    if not torch.compiler.is_compiling():
+        return latent_decode_fwd(q, latent, w_kv, scale, positions)
+    if isinstance(latent, QuantizedLatents):
+        return latent_decode_op(q, latent.c, w_kv, scale, positions, latent.k_r, latent.scale)
+    return latent_decode_op(q, latent, w_kv, scale, positions)

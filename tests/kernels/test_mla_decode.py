@@ -353,7 +353,7 @@ def test_gluon_tiles_fit():
 def test_what_gluon_takes(monkeypatch):
     def takes(latent, R=512, found=(9, 0)):
         monkeypatch.setattr(mla_decode_gluon, "capability", lambda device: found)
-        return mla_decode_gluon.takes(*decode.cache_rows(latent), R)
+        return mla_decode_gluon.takes(*decode.latent_rows(latent, R)[:2])
 
     x = torch.zeros(2, 70, 576, dtype=torch.float16)
     for latent in (x, x.bfloat16(), x[:1], x[:, :33], x[:, ::2]):

@@ -36,8 +36,10 @@ PUBLIC = {
         b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor, gate: Tensor,
         norm_weight: Tensor, eps: float = 1e-05) -> Tensor""",
     "l2norm": "(x: Tensor) -> Tensor",
-    "latent_attention": """(q: Tensor, latent: Tensor, w_kv: Tensor, *, scale: float,
-        positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor""",
+    "latent_attention": """(q: Tensor, latent: Tensor | QuantizedLatents, w_kv: Tensor, *,
+        scale: float, positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None) -> Tensor""",
+    "quantize_latents": "(latent: Tensor, R: int) -> QuantizedLatents",
     "recurrent_kda": """(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *,
         scale: float | None = None, initial_state: Tensor | None = None,
         output_final_state: bool = False,
@@ -46,6 +48,8 @@ PUBLIC = {
     "route": """(logits: Tensor, bias: Tensor, top_k: int, *, n_group: int = 1,
         topk_group: int = 1, renormalize: bool = True,
         scale: float = 1.0) -> tuple[Tensor, Tensor]""",
+    "store_latents": """(latent: Tensor, into: QuantizedLatents, rows: Tensor,
+        columns: Tensor) -> None""",
 }
 
 FLA_COMPAT = {
@@ -73,7 +77,11 @@ FLA_COMPAT = {
 
 def signature(function) -> str:
     """Its signature without the module in front of a type's name."""
-    return re.sub(r"\b(torch|typing|collections\.abc)\.", "", str(inspect.signature(function)))
+    return re.sub(
+        r"\b(torch|typing|collections\.abc|kimi_kernels\.latents)\.",
+        "",
+        str(inspect.signature(function)),
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+"""Latents in fp8: what they are rounded to, and the kernel that stores them."""
+
+import pytest
+import torch
+
+from kimi_kernels import backend, quantize_latents, store_latents
+from kimi_kernels.latents import FP8, LARGEST, LEAST, QuantizedLatents
+from tests.helpers import DEVICE, KERNEL_DTYPES
+
+BITS = torch.uint8
+
+
+def latents(*shape, dtype=torch.float32):
+    """Of all sizes, in tokens and in channels."""
+    x = torch.randn(shape) * torch.randn(*shape[:-1], 1).mul(3).exp()
+    return (x * torch.randn(shape[-1]).mul(2).exp()).clamp(-6e4, 6e4).to(DEVICE, dtype)
+
+
+def buffer(B, S, R, P, dtype):
+    sizes = ((B, S, R), FP8), ((B, S, P), dtype), ((B, S), torch.float32)
+    return QuantizedLatents(*(torch.zeros(s, dtype=d, device=DEVICE) for s, d in sizes))
+
+
+def equal(a, b):
+    return all(
+        torch.equal(x.view(BITS), y.view(BITS)) if x.dtype == FP8 else torch.equal(x, y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_definition(dtype):
+    """The largest number of a token is exact, all others to 4 bits, or to 2^-10 of the scale."""
+    x = latents(3, 50, 40, dtype=dtype)
+    x[0, 0] = 0
+    got = quantize_latents(x, 32)
+    c, wide = x[..., :32].double(), got._replace(k_r=x[..., 32:].double()).dequantize()
+    most, scale = c.abs().amax(-1), got.scale.double()
+    assert torch.equal(wide[..., 32:], x[..., 32:].double())
+    assert (scale[0, 0] == LEAST) and (wide[0, 0, :32] == 0).all()
+    torch.testing.assert_close(scale, (most / LARGEST).clamp_min(LEAST), rtol=1e-6, atol=0)
+    torch.testing.assert_close(wide[..., :32].abs().amax(-1), most, rtol=1e-6, atol=0)
+    error = (wide[..., :32] - c).abs()
+    assert (error <= torch.maximum(c.abs() * 2**-4, scale[..., None] * 2**-10) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_twice_is_once(dtype):
+    once = quantize_latents(latents(5, 20, 40, dtype=dtype), 32)
+    twice = quantize_latents(once.dequantize(), 32)
+    assert torch.equal(once.c.float(), twice.c.float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so(bad):
+    x = latents(4, 40)
+    x[1, 3] = bad
+    for name in ("reference", "triton"):
+        into = buffer(1, 4, 32, 8, x.dtype)
+        where = torch.arange(4, device=DEVICE)
+        with backend(name):
+            store_latents(x, into, torch.zeros_like(where), where)
+        c = into.dequantize()[0, :, :32]
+        assert not torch.isfinite(c[1]).any() and torch.isfinite(c[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("R, P", [(32, 8), (33, 0), (1, 3), (512, 64)])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_kernel_stores_the_definition(R, P, dtype):
+    """To the bit, and nothing else."""
+    x = latents(40, R + P, dtype=dtype)
+    x[3], x[4, :R] = 0, 1e-7
+    where = torch.randperm(3 * 50, device=DEVICE)[:40]
+    rows, columns = where // 50, where % 50
+    want, got = buffer(3, 50, R, P, dtype), buffer(3, 50, R, P, dtype)
+    for part, new in zip(want, quantize_latents(x, R), strict=True):
+        bits = BITS if part.dtype == FP8 else part.dtype
+        part.view(bits)[rows, columns] = new.view(bits)
+    for name in ("reference", "triton"):
+        with backend(name):
+            store_latents(x, got, rows, columns)
+        assert equal(got, want)
+    with backend("triton"):
+        store_latents(x.mT.contiguous().mT, got, rows.flip(0).contiguous().flip(0), columns)
+    assert equal(got, want)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_kernel_rounds_as_torch(part):
+    """The scale is 1: every code, halfway between two, and next to that."""
+    codes = torch.arange(256, dtype=BITS).view(FP8).float()
+    codes = codes[codes.isfinite()].sort().values
+    middle = (codes[1:] + codes[:-1]) / 2
+    up, down = (torch.nextafter(middle, torch.full_like(middle, x)) for x in (1e9, -1e9))
+    x = [codes, middle, up, down][part].to(DEVICE)
+    x = torch.stack((x, torch.full_like(x, LARGEST)), 1)
+    got, where = buffer(1, len(x), 2, 0, x.dtype), torch.arange(len(x), device=DEVICE)
+    with backend("triton"):
+        store_latents(x, got, torch.zeros_like(where), where)
+    assert (got.scale == 1).all() and torch.equal(got.c[0].float(), x.to(FP8).float())
+
+
+def test_no_tokens():
+    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    for name in ("reference", "triton"):
+        with backend(name):
+            store_latents(latents(0, 40), buffer(1, 4, 32, 8, torch.float32), none, none)
+
+
+def test_errors():
+    good = {"latent": torch.zeros(2, 12), "into": buffer(1, 4, 8, 4, torch.float32)}
+    good = {"latent": good["latent"].to(DEVICE), "into": good["into"]}
+    good |= {x: torch.zeros(2, dtype=torch.int64, device=DEVICE) for x in ("rows", "columns")}
+    store_latents(**good)
+    into, longer = good["into"], buffer(1, 8, 8, 4, torch.float32)
+    for match, change in {
+        r"latent\.k_r has shape": {"latent": good["latent"][:, :11]},
+        r"latent\.k_r is": {"latent": good["latent"].half()},
+        r"latent\.c is": {"into": into._replace(c=into.c.half())},
+        r"latent\.scale is": {"into": into._replace(scale=into.scale.half())},
+        r"latent\.scale has shape": {"into": into._replace(scale=into.scale[:, :3])},
+        "rows has shape": {"rows": good["rows"][:1]},
+        "columns is": {"columns": good["rows"].int()},
+        "into has": {"into": QuantizedLatents(*(x[:, ::2] for x in longer))},
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{match}"):
+            store_latents(**(good | change))
