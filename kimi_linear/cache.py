@@ -4,17 +4,24 @@ A KDA layer keeps two states of fixed size, the last W-1 inputs of its convoluti
 head. An
 MLA layer keeps one latent of `kv_lora_rank + qk_rope_head_dim` numbers per token. Padding is never
 stored: row b holds its own `lengths[b]` tokens without gaps, wherever its padding was.
+
+Latents may be kept in fp8. Then a token is seen rounded by every query, also by those that come
+with it: what a model says does not depend on which tokens came in one forward.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple, Self, cast
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from kimi_kernels import quantize_latents, store_latents
+from kimi_kernels.latents import FP8, QuantizedLatents
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.decode import DecodeGraphs
 from kimi_linear.layout import TokenLayout
@@ -95,38 +102,76 @@ class KDALayerCache(LinearAttentionCacheLayerMixin):
 
 
 class LatentLayerCache(CacheLayerMixin):
-    """The latents of one MLA layer, `[B, capacity, R + P]`, filled from the left."""
+    """The latents of one MLA layer, filled from the left.
 
-    def __init__(self) -> None:
+    `keys` has them, `[B, capacity, R + P]`. With `fp8_rank`, which is R, they are in fp8
+    (`kimi_kernels.quantize_latents`): `keys` has the bytes of c, `values` k_r, `scales` the scales.
+    """
+
+    def __init__(self, fp8_rank: int | None = None) -> None:
         super().__init__()
+        self.fp8_rank = fp8_rank
+        self.scales: Tensor | None = None
         self.length = 0  # columns in use; rows with padding use fewer
         self.planned = 0  # capacity to begin with
         self.shared = False  # whether a snapshot has these latents too
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = key_states, value_states  # transformers' names; values stays empty
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        self.keys, self.values = key_states, value_states  # transformers' names
+        self.device, self.is_initialized = key_states.device, True
 
-    def reserve(self, like: Tensor, batch: int, capacity: int) -> Tensor:
-        """The buffer, with room for `capacity` tokens per row. Grows by a constant factor."""
-        old = self.keys
-        if old is not None:
-            if like.dtype != old.dtype:
-                raise ValueError(
-                    f"past_key_values holds {old.dtype} latents, the new ones are {like.dtype}"
-                )
-            if capacity <= old.shape[1] and _writable(old):
-                return old
-            capacity = max(capacity, int(old.shape[1] * GROWTH))
-        new = like.new_zeros(batch, max(capacity, self.planned), like.shape[-1])
-        if old is not None:
-            new[:, : self.length] = old[:, : self.length]
-        self.lazy_initialization(new, new.new_empty(batch, 0))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored, `[B, capacity, ...]` each; after the first token."""
+        held = (self.keys, self.values, self.scales)
+        return cast(tuple[Tensor, ...], held[:1] if self.fp8_rank is None else held)
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Have these in their place."""
+        tensors = tuple(tensors)
+        if self.fp8_rank is None:
+            self.lazy_initialization(tensors[0], tensors[0].new_empty(len(tensors[0]), 0))
+        else:
+            self.lazy_initialization(*tensors[:2])
+            self.scales = tensors[2]
+        self.dtype = tensors[min(1, len(tensors) - 1)].dtype  # of the model
+
+    def reserve(self, batch: int, capacity: int) -> None:
+        """Have room for `capacity` tokens per row. Grows by a constant factor."""
+        old = self.tensors()
+        room = old[0].shape[1]
+        if capacity <= room and _writable(old[0]):
+            return
+        capacity = max(capacity, int(room * GROWTH), self.planned)
+        new = [x.new_zeros(batch, capacity, *x.shape[2:]) for x in old]
+        for x, y in zip(new, old, strict=True):
+            x[:, : self.length] = y[:, : self.length]
+        self.hold(new)
         self.shared = False
-        return new
 
-    def update(self, key_states: Tensor, layout: TokenLayout) -> Tensor:
+    def _to_store(self, latent: Tensor) -> tuple[Tensor, ...]:
+        if self.fp8_rank is None:
+            return (latent,)
+        c, k_r, scale = quantize_latents(latent, self.fp8_rank)
+        return c.view(torch.uint8), k_r, scale
+
+    def _columns(self, end: int | None = None) -> Tensor | QuantizedLatents:
+        """The first `end` columns, or the whole buffer."""
+        held = [x[:, :end] for x in self.tensors()]
+        if self.fp8_rank is None:
+            return held[0]
+        return QuantizedLatents(held[0].view(FP8), *held[1:])
+
+    def seen(self, latent: Tensor) -> Tensor:
+        """Latents as every query sees them, whether they have been stored or not.
+
+        Their gradient is that of the latents before rounding.
+        """
+        if self.fp8_rank is None:
+            return latent
+        rounded = quantize_latents(latent, self.fp8_rank).dequantize()
+        return rounded + (latent - latent.detach()) if torch.is_grad_enabled() else rounded
+
+    def update(self, key_states: Tensor, layout: TokenLayout) -> Tensor | QuantizedLatents:
         """Store new latents `[b, t, R+P]`, as `layout` has them, and return all, `[B, S, R+P]`.
 
         Or the whole buffer, if the layout is static. `length` counts them when the forward is done.
@@ -134,19 +179,37 @@ class LatentLayerCache(CacheLayerMixin):
         B, T = layout.shape
         with torch.no_grad():
             start, end = self.length, self.length + T
-            buffer = self.reserve(key_states, B, end)
-            if layout.slots is None:
-                buffer[:, start:end] = key_states
-            else:
-                buffer[layout.slots] = key_states.flatten(0, 1)
-        if layout.static:
-            return buffer
-        if not torch.is_grad_enabled():
-            return buffer[:, :end]
+            if not self.is_initialized:
+                empty = self._to_store(key_states[:, :0])
+                self.hold(x.new_empty(B, 0, *x.shape[2:]) for x in empty)
+            elif key_states.dtype != self.dtype:
+                raise ValueError(
+                    f"past_key_values holds {self.dtype} latents, the new ones are "
+                    f"{key_states.dtype}"
+                )
+            self.reserve(B, end)
+            self._store(key_states, start, end, layout.slots)
+        stored = self._columns(None if layout.static else end)
+        if layout.static or not torch.is_grad_enabled():
+            return stored
         # gradients reach the new latents, and stop at the cached ones
+        new = self.seen(key_states)
+        if isinstance(stored, QuantizedLatents):
+            stored = stored.dequantize()
         if layout.slots is None:
-            return torch.cat((buffer[:, :start], key_states), 1)
-        return buffer[:, :end].index_put(layout.slots, key_states.flatten(0, 1))
+            return torch.cat((stored[:, :start], new), 1)
+        return stored.index_put(layout.slots, new.flatten(0, 1))
+
+    def _store(self, latent: Tensor, start: int, end: int, slots: Any) -> None:
+        """At `slots`, or in columns start..end of every row."""
+        buffer = self._columns()
+        if slots is None:
+            for x, new in zip(self.tensors(), self._to_store(latent), strict=True):
+                x[:, start:end] = new
+        elif isinstance(buffer, QuantizedLatents):
+            store_latents(latent.flatten(0, 1), buffer, *slots)
+        else:
+            buffer[slots] = latent.flatten(0, 1)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -160,31 +223,34 @@ class LatentLayerCache(CacheLayerMixin):
     def truncate(self, length: int) -> None:
         """Forget what follows the first `length` columns."""
         self.length = length
-        if self.shared:
-            self.keys = cast(Tensor, self.keys)[:, :length]  # the rest is still a snapshot's
+        if self.shared:  # the rest is still a snapshot's
+            self.hold(x[:, :length] for x in self.tensors())
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = self.scales = None
         self.is_initialized, self.length, self.shared = False, 0, False
 
     def snapshot(self) -> Self:
         """A copy that shares the latents, and would move on the first token after these."""
         layer = copy.copy(self)
-        if layer.keys is not None:
-            layer.keys = layer.keys[:, : layer.length]  # what follows may be another snapshot's
+        if layer.is_initialized:  # what follows may be another snapshot's
+            layer.hold(x[:, : layer.length] for x in layer.tensors())
             layer.shared = self.shared = True
         return layer
 
     def select_rows(self, index: Tensor) -> None:
         """Make row i a copy of the old row `index[i]`."""
-        if self.keys is None:
+        if not self.is_initialized:
             return
-        rows = self.keys[:, : self.length].index_select(0, index.to(self.keys.device))
-        if len(index) == len(self.keys) and not self.shared and _writable(self.keys):
-            self.keys[:, : self.length] = rows
+        old = self.tensors()
+        rows = [x[:, : self.length].index_select(0, index.to(x.device)) for x in old]
+        if len(index) == len(old[0]) and not self.shared and _writable(old[0]):
+            for x, y in zip(old, rows, strict=True):
+                x[:, : self.length] = y
         else:
-            capacity, self.keys = self.keys.shape[1], None
-            self.reserve(rows, len(index), capacity)[:, : self.length] = rows
+            self.hold(rows)
+            self.shared = False
+            self.reserve(len(index), old[0].shape[1])
 
 
 class Snapshot(NamedTuple):
@@ -200,22 +266,45 @@ class KimiLinearCache(Cache):
 
     Args:
         config: of the model that will use it.
+        latent_dtype: `torch.float8_e4m3fn`, or its name, to keep the latents in fp8 with a scale
+            per token; None, the default: in the dtype of the model.
 
     `model(..., past_key_values=cache)` and `model.generate(..., past_key_values=cache)` extend it
     in place. `get_seq_length()` counts the columns seen, with padding; `lengths` the real tokens of
     each row.
+
+    Raises:
+        ValueError: another `latent_dtype`.
     """
 
-    def __init__(self, config: KimiLinearConfig) -> None:
-        kinds = {"linear_attention": KDALayerCache, "full_attention": LatentLayerCache}
+    def __init__(
+        self, config: KimiLinearConfig, latent_dtype: torch.dtype | str | None = None
+    ) -> None:
+        if latent_dtype not in (None, FP8, "float8_e4m3fn"):
+            raise ValueError(f"latent_dtype is {latent_dtype!r}, want None or {FP8}")
+        self.latent_dtype = None if latent_dtype is None else FP8
+        rank = None if latent_dtype is None else config.kv_lora_rank
         self.layers: list[KDALayerCache | LatentLayerCache]
-        super().__init__(layers=[kinds[kind]() for kind in config.layer_types])
+        super().__init__(
+            layers=[
+                KDALayerCache() if kind == "linear_attention" else LatentLayerCache(rank)
+                for kind in config.layer_types
+            ]
+        )
         self.signature = self._signature(config)
         self.seen = 0
         self.lengths: Tensor | None = None  # [B] int64 once a row had padding; None: all are `seen`
         self.graphs: DecodeGraphs | None = None  # `generate` captures its steps in them
         mixers = [i for i, layer in enumerate(self.layers) if isinstance(layer, KDALayerCache)]
         self.rollback = Rollback(mixers)
+
+    @classmethod
+    def configured(cls, config: KimiLinearConfig, generation_config: GenerationConfig) -> Self:
+        """An empty one with the options in `generation_config.cache_config`."""
+        options = generation_config.cache_config or {}
+        if unknown := options.keys() - {"latent_dtype"}:
+            raise ValueError(f"cache_config has {sorted(unknown)}, want latent_dtype alone")
+        return cls(config, **options)
 
     @staticmethod
     def _signature(config: KimiLinearConfig) -> dict:
@@ -275,15 +364,15 @@ class KimiLinearCache(Cache):
     def reserve(self, T: int) -> None:
         """Make room for T more columns now."""
         for layer in self._latents():
-            if layer.keys is not None:
-                layer.reserve(layer.keys, len(layer.keys), self.seen + T)
+            if layer.is_initialized:
+                layer.reserve(self.batch_size, self.seen + T)
 
     def tensors(self) -> list[Tensor]:
         """What a decode step reads and writes, by layer; after the first token."""
         found: list[Tensor] = []
         for layer in self.layers:
             if isinstance(layer, LatentLayerCache):
-                found.append(cast(Tensor, layer.keys))
+                found.extend(layer.tensors())
             else:
                 found.extend(layer.writable_states())
         return found + self.rollback.tensors()

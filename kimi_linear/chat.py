@@ -42,7 +42,7 @@ class Chat:
             raise ValueError(f"tokenizer: got {len(tokenizer)} tokens, want at most {size}")
         self.model, self.tokenizer, self.options = model, tokenizer, options or {}
         self.system = [] if system is None else [{"role": "system", "content": system}]
-        self.cache = KimiLinearCache(model.config)
+        self.cache = KimiLinearCache.configured(model.config, model.generation_config)
         self.reset()
 
     def reset(self) -> None:

@@ -4,12 +4,14 @@ from itertools import chain
 
 import torch
 
+from kimi_kernels.latents import FP8
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import KimiLinearForCausalLM
 
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5}
 CONTEXTS = (4096, 32768, 131072, 1048576)
 STATE_BYTES, ACTIVATION_BYTES = 4, 2  # S is fp32; conv states and latents are bf16
+SCALE_BYTES = 4  # fp32
 
 
 def parameter_counts(config: KimiLinearConfig) -> dict[str, int]:
@@ -29,12 +31,17 @@ def parameter_counts(config: KimiLinearConfig) -> dict[str, int]:
     return {"total": total, "routed": routed, "active": total - idle - embedding, "head": head}
 
 
-def cache_bytes(config: KimiLinearConfig) -> tuple[int, int]:
-    """Bytes per token (latents, bf16) and per sequence (S in fp32, conv state in bf16)."""
+def cache_bytes(config: KimiLinearConfig, fp8: bool = False) -> tuple[int, int]:
+    """Bytes per token (latents, bf16) and per sequence (S in fp32, conv state in bf16).
+
+    `fp8`: with c in fp8 and a scale in fp32 per latent.
+    """
     H, K = config.linear_num_heads, config.linear_head_dim
     kda_layers = config.layer_types.count("linear_attention")
     mla_layers = config.num_hidden_layers - kda_layers
     latent = (config.kv_lora_rank + config.qk_rope_head_dim) * ACTIVATION_BYTES
+    if fp8:
+        latent -= config.kv_lora_rank * (ACTIVATION_BYTES - FP8.itemsize) - SCALE_BYTES
     conv = (config.linear_conv_kernel_dim - 1) * 3 * H * K * ACTIVATION_BYTES
     return mla_layers * latent, kda_layers * (H * K * K * STATE_BYTES + conv)
 
@@ -56,6 +63,7 @@ def describe(config: KimiLinearConfig) -> str:
     mla_layers, dense_layers = (config.num_hidden_layers - x for x in (kda_layers, moe_layers))
     per_token, per_sequence = cache_bytes(config)
     all_mla_token, _ = cache_bytes(all_mla)
+    fp8_token, _ = cache_bytes(config, fp8=True)
     lines = [
         f"layers             {kda_layers} KDA + {mla_layers} MLA; feed-forward: "
         f"{dense_layers} dense, {moe_layers} with {config.num_experts} experts, "
@@ -67,6 +75,7 @@ def describe(config: KimiLinearConfig) -> str:
         + ", ".join(f"{k} {human_bytes(n['total'] * b)}" for k, b in WEIGHT_BYTES.items())
         + " (every parameter at that width, without scales)",
         f"cache per token    {per_token:,} bytes; with every layer MLA {all_mla_token:,}",
+        f"  latents in fp8   {fp8_token:,} bytes",
         f"cache per sequence {per_sequence:,} bytes whatever its length; with every layer MLA 0",
         "",
         "cache of one sequence    this model   every layer MLA   ratio",

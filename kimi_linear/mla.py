@@ -63,10 +63,12 @@ class KimiLatentAttention(nn.Module):
         latent = torch.cat((self.kv_a_layernorm(c).to(k_r.dtype), k_r), -1)
         w_kv, cu = linear_weight(self.kv_b_proj, latent, self.latent_rank), layout.cu_seqlens
         if cache is not None:
-            stored = cast(LatentLayerCache, cache.layers[self.layer_idx]).update(latent, layout)
+            layer = cast(LatentLayerCache, cache.layers[self.layer_idx])
+            stored = layer.update(latent, layout)
         if layout.context is not None:
             o = layout.context.attention(q, latent, w_kv, self.scale)
         elif cache is None or not cache.seen:  # nothing but these tokens
+            latent = latent if cache is None else layer.seen(latent)
             o = latent_attention(q, latent, w_kv, scale=self.scale, cu_seqlens=cu)
         else:
             q, at = layout.unpack(q), layout.positions

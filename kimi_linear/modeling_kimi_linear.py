@@ -440,8 +440,16 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
         if cache is None:
             if generation_config.use_cache is False:
                 return
-            cache = model_kwargs["past_key_values"] = KimiLinearCache(self.config)
+            cache = KimiLinearCache.configured(self.config, generation_config)
+            model_kwargs["past_key_values"] = cache
         else:
+            if generation_config.cache_config and isinstance(cache, KimiLinearCache):
+                asked = KimiLinearCache.configured(self.config, generation_config).latent_dtype
+                if asked != cache.latent_dtype:
+                    raise ValueError(
+                        f"cache_config has latent_dtype {asked}, but past_key_values was made with "
+                        f"{cache.latent_dtype}"
+                    )
             parent: Any = super()
             parent._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -26,6 +26,7 @@ def test_released_model_in_numbers():
     assert counts["total"] == 49_122_681_728
     assert counts["routed"] == 47_110_422_528
     assert cache_bytes(config)[0] == 8_064
+    assert cache_bytes(config, fp8=True)[0] == 7 * (512 + 2 * 64 + 4)
     assert cache_bytes(config.all_mla()) == (31_104, 0)
 
 
