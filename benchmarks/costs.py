@@ -86,6 +86,18 @@ def moe_train_bytes(s: Shape) -> float:
     return 2 * moe_bytes(s) + SIZE * (E * 3 * D * F + B * T * D) + B * T * TOP_K * 4
 
 
+def latent_flops(s: Shape) -> float:
+    """Scores with R + K/2 channels, a sum of R, and the products with W_k and W_v."""
+    B, T, S, H, K, R = (s[letter] for letter in "BTSHKR")
+    return 2 * B * T * H * (S * (2 * R + K // 2) + 2 * K * R)
+
+
+def latent_bytes(s: Shape) -> float:
+    """Latents, queries and weights in; o out."""
+    B, T, S, H, K, R = (s[letter] for letter in "BTSHKR")
+    return SIZE * (B * S * (R + K // 2) + B * T * H * (2 * K + K // 2) + 2 * H * K * R)
+
+
 # ---- model: letters as in model_step.py and model_decode.py --------------------------------------
 
 
@@ -107,14 +119,14 @@ def weight_bytes(s: Shape) -> float:
     return SIZE * _model(s)[1]["total"]
 
 
-def cached(s: Shape, all_mla: bool = False) -> tuple[int, int]:
+def cached(s: Shape, all_mla: bool = False, fp8: bool = False) -> tuple[int, int]:
     """Bytes that the cache of one sequence holds per token, and beside its tokens."""
-    return import_module("kimi_linear.info").cache_bytes(_model(s, all_mla)[0])
+    return import_module("kimi_linear.info").cache_bytes(_model(s, all_mla)[0], fp8)
 
 
-def sequence_bytes(s: Shape, all_mla: bool = False) -> float:
+def sequence_bytes(s: Shape, all_mla: bool = False, fp8: bool = False) -> float:
     """Of the cache of one sequence of S tokens."""
-    latent, state = cached(s, all_mla)
+    latent, state = cached(s, all_mla, fp8)
     return s["S"] * latent + state
 
 
@@ -174,9 +186,9 @@ def decode_step_flops(s: Shape, all_mla: bool = False) -> float:
     return B * (2 * n["active"] + kda * 7 * H * K * K + mla * attention)
 
 
-def decode_step_bytes(s: Shape, all_mla: bool = False) -> float:
+def decode_step_bytes(s: Shape, all_mla: bool = False, fp8: bool = False) -> float:
     """What a forward of B tokens reads; states in and out, latents of S tokens in, of one out."""
-    n, (latent, state) = _model(s, all_mla)[1], cached(s, all_mla)
+    n, (latent, state) = _model(s, all_mla)[1], cached(s, all_mla, fp8)
     return _forward_bytes(s, s["B"], n) + s["B"] * ((s["S"] + 1) * latent + 2 * state)
 
 

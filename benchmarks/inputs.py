@@ -124,6 +124,37 @@ def gated_norm_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.devi
     return x | {"do": Draw(dtype, device).normal(*x["x"].shape)}
 
 
+def latent_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """q [B, T, H, K + K/2], latent [B, S, R + K/2] with normalised c, w_kv [2 H K, R].
+
+    Scores have a standard deviation of 1.
+    """
+    B, T, S, H, K, R = (shape[letter] for letter in "BTSHKR")
+    draw = Draw(torch.float32, device)  # the mean of numbers drawn in bf16 is not 0
+    x = {
+        "q": draw.normal(B, T, H, K + K // 2),
+        "latent": _normalised(draw.normal(B, S, R + K // 2), R),
+        "w_kv": draw.normal(2 * H * K, R) / R**0.5,
+    }
+    return {name: t.to(dtype) for name, t in x.items()}
+
+
+def outlier_latent_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`latent_inputs` with a channel in 64 as large as 30 others, and scores thrice as large."""
+    x, R = latent_inputs(shape, torch.float32, device), shape["R"]
+    size = torch.ones(x["latent"].shape[-1], device=device)
+    size[::64] = 30
+    rms = size.square().mean(-1).sqrt()
+    x |= {"q": 3 * x["q"], "latent": _normalised(x["latent"] * size / rms, R)}
+    return {name: t.to(dtype) for name, t in x.items()}
+
+
+def _normalised(latent: Tensor, R: int) -> Tensor:
+    """With an RMS of 1 over the R channels of c."""
+    c, k_r = latent[..., :R], latent[..., R:]
+    return torch.cat((c * c.square().mean(-1, keepdim=True).rsqrt(), k_r), -1)
+
+
 def _routed(draw: Draw, T: int, D: int, E: int) -> Inputs:
     """x [T, D]; index [T, 8], different ones of E experts, all as likely; weights [T, 8], fp32."""
     scores = draw.normal(T, TOP_K, dtype=torch.float32).sigmoid()

@@ -38,35 +38,52 @@ def generate_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> I
 
 
 def drawn_states(
-    config: Any, B: int, S: int, dtype: torch.dtype, device: torch.device, room: int = 0
+    config: Any,
+    B: int,
+    S: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: int = 0,
+    fp8: bool = False,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Per layer what S tokens leave behind, as large as theirs: always the same random numbers.
 
-    Of KDA the conv state [B, W-1, 3 H K] and the recurrent state [B, H, K, K], in fp32; of MLA the
-    latents [B, S + room, R + P], zeros behind S. Each layer is drawn when its turn comes, and the
-    latents where they will stay: at the largest batch there is no room for a copy of them.
+    Of KDA the conv state [B, W-1, 3 H K] and the recurrent state [B, H, K, K], not in 16 bits; of
+    MLA the latents [B, S + room, R + P], zeros behind S, or what a cache in fp8 keeps of them. Each
+    layer is drawn when its turn comes, and the latents, row by row, where they will stay: at the
+    largest batch there is no room for a copy of them.
     """
     draw = Draw(torch.float32, device)
     H, K, W = config.linear_num_heads, config.linear_head_dim, config.linear_conv_kernel_dim
     for kind in config.layer_types:
         if kind == "linear_attention":
-            yield draw.normal(B, W - 1, 3 * H * K).to(dtype), draw.normal(B, H, K, K)
+            conv, state = draw.normal(B, W - 1, 3 * H * K), draw.normal(B, H, K, K)
+            yield conv.to(dtype), state.to(torch.promote_types(dtype, torch.float32))
         else:
-            size = config.kv_lora_rank + config.qk_rope_head_dim
-            latents = torch.zeros(B, S + room, size, dtype=dtype, device=device)
-            for row in latents:
-                draw.fill(row[:S])
-            yield (latents,)
+            R, P = config.kv_lora_rank, config.qk_rope_head_dim
+            sizes = ((R, torch.uint8), (P, dtype), (0, torch.float32)) if fp8 else ((R + P, dtype),)
+            held = tuple(
+                torch.zeros(B, S + room, *([n] if n else []), dtype=kind, device=device)
+                for n, kind in sizes
+            )
+            for i in range(B):
+                if not fp8:
+                    draw.fill(held[0][i, :S])
+                    continue
+                row = draw.fill(torch.empty(1, S, R + P, dtype=dtype, device=device))
+                c, *others = import_module("kimi_kernels").quantize_latents(row, R)
+                for x, new in zip(held, (c.view(torch.uint8), *others), strict=True):
+                    x[i, :S] = new[0]
+            yield held
 
 
 @torch.no_grad()
-def our_cache(config: Any, S: int, states: States) -> Any:
+def our_cache(config: Any, S: int, states: States, fp8: bool = False) -> Any:
     """A cache as a prompt of S tokens would have left it; it takes the states as they are."""
-    cache = import_module("kimi_linear").KimiLinearCache(config)
+    latent_dtype = torch.float8_e4m3fn if fp8 else None
+    cache = import_module("kimi_linear").KimiLinearCache(config, latent_dtype=latent_dtype)
     for layer, tensors in zip(cache.layers, states, strict=True):
-        if len(tensors) == 1:  # keys, and transformers' values, which stay empty
-            tensors = tensors[0], tensors[0].new_empty(len(tensors[0]), 0)
-        layer.lazy_initialization(*tensors)
+        (layer.lazy_initialization(*tensors) if len(tensors) == 2 else layer.hold(tensors))
     cache.advance(S, None)
     return cache
 
@@ -136,9 +153,11 @@ def native_prefill(x: Inputs) -> Call:
 # ---- decode step -------------------------------------------------------------------------------
 
 
-def _context(config: Any, x: Inputs, room: int = 0) -> Iterator[tuple[Tensor, ...]]:
+def _context(
+    config: Any, x: Inputs, room: int = 0, fp8: bool = False
+) -> Iterator[tuple[Tensor, ...]]:
     dtype, ids = x["lm_head.weight"].dtype, x["ids"]
-    return drawn_states(config, len(ids), int(x["S"]), dtype, ids.device, room)
+    return drawn_states(config, len(ids), int(x["S"]), dtype, ids.device, room, fp8)
 
 
 def _step(model: Any, x: Inputs, cache: Any) -> Call:
@@ -146,10 +165,10 @@ def _step(model: Any, x: Inputs, cache: Any) -> Call:
     return torch.no_grad()(lambda: (model(x["ids"], past_key_values=cache).logits,))
 
 
-def _our_step(config: Any, x: Inputs) -> Call:
+def _our_step(config: Any, x: Inputs, fp8: bool = False) -> Call:
     """On a GPU by way of CUDA graphs, as `generate` decodes: the second call captures one."""
     model = _model(config, x)
-    cache = our_cache(config, int(x["S"]), _context(config, x, ROOM))
+    cache = our_cache(config, int(x["S"]), _context(config, x, ROOM, fp8), fp8)
     if model.device.type == "cuda":
         cache.graphs = import_module("kimi_linear.decode").decode_graphs(model, None)
     return _step(model, x, cache)
@@ -157,6 +176,11 @@ def _our_step(config: Any, x: Inputs) -> Call:
 
 def our_step(x: Inputs) -> Call:
     return _our_step(our_config(x), x)
+
+
+def fp8_step(x: Inputs) -> Call:
+    """The same with the latents in fp8."""
+    return _our_step(our_config(x), x, fp8=True)
 
 
 def all_mla_step(x: Inputs) -> Call:

@@ -19,7 +19,7 @@ from benchmarks.providers import Build, Provider, forward, gradient, reference, 
 
 FLOOR = "floor"  # a provider of every op: nobody computes it
 # whose work it bounds: where another does other work, that has a floor of its own
-FLOORS = {FLOOR: "ours", "floor_all_mla": "all_mla"}
+FLOORS = {FLOOR: "ours", "floor_all_mla": "all_mla", "floor_fp8": "fp8"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ KDA_TESTS = "tests/kernels/test_kda*.py"
 CONV_TESTS = "tests/kernels/test_causal_conv*.py"
 MOE_TESTS = "tests/kernels/test_moe*.py"
 MODEL_TESTS = "tests/model/test_gpu.py"
+FP8_TESTS = "tests/kernels/test_mla_fp8.py"
+LONG = (4096, 32768, 131072)  # tokens before those whose error is measured
 DECODING = {
     "ours": Provider(model_decode.our_step, cache=costs.sequence_bytes),
     "all_mla": Provider(
@@ -113,6 +115,12 @@ DECODING = {
         flops=partial(costs.decode_step_flops, all_mla=True),
         bytes=partial(costs.decode_step_bytes, all_mla=True),
         cache=partial(costs.sequence_bytes, all_mla=True),
+    ),
+    "fp8": Provider(
+        model_decode.fp8_step,
+        expected=reference(model_decode.fp8_step),
+        bytes=partial(costs.decode_step_bytes, fp8=True),
+        cache=partial(costs.sequence_bytes, fp8=True),
     ),
     # for the check alone: a CUDA graph cannot hold its second call
     "reference": Provider(reference(model_decode.our_step), fits=lambda s: False),
@@ -469,5 +477,42 @@ OPS = (
             ("error", data.kda_train_inputs),
             ("error_strong", data.strong_gate_inputs),
         )
+    ),
+    *(
+        Op(
+            name="mla_fp8",
+            mode=mode,
+            tests=FP8_TESTS,
+            shapes=tuple({"B": 1, "T": 1, "S": S, "H": 32, "K": 128, "R": 512} for S in LONG),
+            flops=costs.latent_flops,
+            bytes=costs.latent_bytes,
+            inputs=inputs,
+            providers={
+                "ours": Provider(forward(by.our_latent_attention)),
+                "fp8": Provider(forward(by.fp8_latent_attention)),
+                "reference": Provider(reference(forward(by.our_latent_attention))),
+            },
+            timer="error",
+        )
+        for mode, inputs in (
+            ("even", data.latent_inputs),
+            ("outliers", data.outlier_latent_inputs),
+        )
+    ),
+    Op(
+        name="model_fp8",
+        mode="logits",
+        tests=FP8_TESTS,
+        # few experts, so that fp64 fits; no choice of them, which one rounding would change
+        shapes=tuple({"B": 1, "S": S} | MODEL | {"E": 8} for S in LONG),
+        flops=costs.decode_step_flops,
+        bytes=costs.decode_step_bytes,
+        inputs=model_decode.decode_inputs,
+        providers={
+            "ours": Provider(model_decode.our_step),
+            "fp8": Provider(model_decode.fp8_step),
+            "reference": Provider(reference(model_decode.our_step)),
+        },
+        timer="error",
     ),
 )

@@ -16,7 +16,16 @@ from torch import Tensor
 
 import kimi_kernels
 from benchmarks.inputs import Inputs, Shape
-from kimi_kernels import add_rms_norm, backend, causal_conv, expert_mlp, fused_kda, gated_rms_norm
+from kimi_kernels import (
+    add_rms_norm,
+    backend,
+    causal_conv,
+    expert_mlp,
+    fused_kda,
+    gated_rms_norm,
+    latent_attention,
+    quantize_latents,
+)
 
 Call = Callable[[], tuple[Tensor, ...]]
 Build = Callable[[Inputs], Call]
@@ -285,6 +294,21 @@ def torch_add_norm():
     def op(x, residual, w):
         h = x + residual
         return F.rms_norm(h, w.shape, w, 1e-5), h
+
+    return op
+
+
+# ---- mla_fp8 -----------------------------------------------------------------------------------
+
+
+def our_latent_attention():
+    return lambda q, latent, w_kv: latent_attention(q, latent, w_kv, scale=q.shape[-1] ** -0.5)
+
+
+def fp8_latent_attention():
+    def op(q, latent, w_kv):
+        latents = quantize_latents(latent, w_kv.shape[1])
+        return latent_attention(q, latents, w_kv, scale=q.shape[-1] ** -0.5)
 
     return op
 

@@ -28,11 +28,14 @@ MODES |= {"train_step": "forward, loss, backward", "prefill": "prompt"}
 MODES |= {"decode_step": "decode step", "generate": "`generate`, all T tokens"}
 MODES |= {"optimizer_step": "optimizer step, 8 packed documents"}
 MODES |= {"error": "gates as a model starts", "error_strong": "strong gates"}
+MODES |= {"even": "latents of even size", "outliers": "outliers, sharp scores", "logits": "logits"}
 UNITS = {"kda_gradients": "relative RMS error of dA_log"}
+UNITS |= {"mla_fp8": "relative RMS error of o", "model_fp8": "relative RMS error of the logits"}
 PROVIDERS = {"fla_bounded": "fla, bounded gate", "flash_kda": "FlashKDA, bounded gate"}
 PROVIDERS |= {"fla_recurrence": "fla, recurrence alone", "native": "transformers + fla"}
 PROVIDERS |= {"autocast": "ours, `bf16=True`", "bare": "bare loop"}
 PROVIDERS |= {"all_mla": "ours, every layer MLA", "floor_all_mla": "floor, every layer MLA"}
+PROVIDERS |= {"fp8": "ours, latents in fp8", "floor_fp8": "floor, latents in fp8"}
 PROVIDERS |= {name: f"transformers, {name}" for name in ("grouped_mm", "batched_mm")}
 # ours is compared with the first of them that is there
 BASELINES = ("fla", "native", "grouped_mm", "torch", "bare")

@@ -42,7 +42,9 @@ def caches(monkeypatch):
     for name in ("our_cache", "native_cache"):
         fill = getattr(model_decode, name)
         monkeypatch.setattr(
-            model_decode, name, lambda *args, fill=fill: made.append(fill(*args)) or made[-1]
+            model_decode,
+            name,
+            lambda *args, fill=fill, **options: made.append(fill(*args, **options)) or made[-1],
         )
     return made
 
@@ -64,7 +66,7 @@ def test_native_computes_the_same(mode):
 @pytest.mark.parametrize(
     "mode, name",
     [(m, "ours") for m in ("prefill", "decode_step", "generate")]
-    + [(m, "all_mla") for m in ("prefill", "decode_step")],
+    + [("prefill", "all_mla"), ("decode_step", "all_mla"), ("decode_step", "fp8")],
 )
 def test_reference_computes_the_same(mode, name):
     """On a CPU ours is the reference; in bf16 it is what `check` compares."""
@@ -223,7 +225,7 @@ def test_a_context_is_drawn_in_place(monkeypatch, caches, dtype):
     assert max(shape[0] for shape in sizes if len(shape) == 1) == 100
 
 
-@pytest.mark.parametrize("name", ["ours", "all_mla", "native"])
+@pytest.mark.parametrize("name", ["ours", "all_mla", "fp8", "native"])
 def test_a_context_of_any_length(name, caches):
     if name == "native" and find_spec("fla") is not None:
         pytest.skip("with fla, native needs a GPU")
@@ -246,7 +248,7 @@ def test_a_measurement_moves_no_latents(caches):
     assert [t.shape[1] for t in cache.tensors()][-1] >= cache.seen - 8 + calls
 
 
-@pytest.mark.parametrize("name", ["ours", "all_mla"])
+@pytest.mark.parametrize("name", ["ours", "all_mla", "fp8"])
 def test_steps_are_graphs_on_a_gpu(name, caches, monkeypatch):
     """Asked for there alone; a CPU gives a reason why there are none."""
     build("decode_step", name, x := drawn("decode_step"))
@@ -257,7 +259,7 @@ def test_steps_are_graphs_on_a_gpu(name, caches, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["ours", "all_mla"])
+@pytest.mark.parametrize("name", ["ours", "all_mla", "fp8"])
 def test_graphs(name, caches):
     shape = {letter: TOY[letter] for letter in DECODE.shapes[0]}
     x = DECODE.inputs(shape, torch.bfloat16, torch.device("cuda"))
@@ -429,6 +431,8 @@ def test_who_is_timed_where():
         name: {(s["B"], s["S"]) for s in DECODE.shapes if provider.fits(s)}
         for name, provider in DECODE.providers.items()
     }
-    assert fits["ours"] == fits["all_mla"] == {(s["B"], s["S"]) for s in DECODE.shapes}
+    assert (
+        fits["ours"] == fits["all_mla"] == fits["fp8"] == {(s["B"], s["S"]) for s in DECODE.shapes}
+    )
     assert fits["native"] == {(1, 1024), (1, 4096), (1, 32768), (32, 1024)}
     assert fits["reference"] == set()
