@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import DTYPE
-from benchmarks.ops import Op
+from benchmarks.op import Op
 from benchmarks.providers import Build
 from benchmarks.results import ROOT
 

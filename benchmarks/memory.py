@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from benchmarks.inputs import DTYPE, Shape
+from benchmarks.model_ops import MODEL
 from benchmarks.model_step import config, model_of
-from benchmarks.ops import MODEL
 from benchmarks.recorder import Recorder
 from benchmarks.results import ROOT, Row, read, slug
 from benchmarks.timing import synchronize

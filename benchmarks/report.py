@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from benchmarks import memory
 from benchmarks.capacity import MOST_ROWS
-from benchmarks.ops import FLOORS, OPS
+from benchmarks.op import FLOORS
+from benchmarks.ops import OPS
 from benchmarks.plots import Drawing, draw, drawings
 from benchmarks.results import COLUMNS, ROOT, Row, label, per_token, read
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from benchmarks import capacity, guard, timing
 from benchmarks.guard import Refused
 from benchmarks.inputs import DTYPE, Inputs, Shape
-from benchmarks.ops import FLOOR, FLOORS, OPS, Op
+from benchmarks.op import FLOOR, FLOORS, Op
+from benchmarks.ops import OPS
 from benchmarks.providers import Provider
 from benchmarks.recorder import Recorder
 from benchmarks.results import ROOT, label

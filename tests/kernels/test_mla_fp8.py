@@ -165,6 +165,8 @@ def test_what_no_sequence_owns_may_be_nan(dtype, processors):  # noqa: F811
     got = run("triton", (q, latent, w_kv))
     assert torch.isfinite(got[[0, 2]]).all() and not torch.isfinite(got[1]).any()
     check((q[[0, 2]], part(latent, [0, 2]), w_kv))
+    buffer.k_r[:, 70:], buffer.scale[:, 70:] = 1, 1  # what no query sees must be finite
+    buffer.c.view(torch.uint8)[:, 70:] = 56
     assert torch.equal(
         got[[0, 2]], run("triton", (q, buffer, w_kv), positions=at(69, 69, 69))[[0, 2]]
     )
