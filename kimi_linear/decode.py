@@ -1,8 +1,8 @@
 """A decode step of the whole model as one CUDA graph.
 
 Launching the kernels of a step takes the host longer than running them takes the GPU. `generate`
-attaches `DecodeGraphs` to its cache. Of some number of tokens the first step runs as usual, which
-compiles its kernels; the second is captured; those after it are one launch each. A graph holds
+attaches `DecodeGraphs` to its cache. Of some number of tokens the first step is launched kernel by
+kernel, which compiles them; the second is captured; those after it are one launch. A graph holds
 addresses, so it is captured again when a tensor of the cache has moved: after growth or a restore.
 """
 
@@ -68,13 +68,21 @@ class DecodeGraphs:
 
     def step(self, ids: Tensor, cache: KimiLinearCache) -> Tensor | None:
         """Logits [B, T, V] after ids [B, T], the cache advanced; None where there is no graph."""
-        if self.failed or ids.shape not in self.graphs:
-            self.graphs[ids.shape] = None
+        T = ids.shape[1]
+        if self.failed:
             return None
-        cache.begin(ids.shape[1])
+        cache.begin(T)
         if cache.rollback.on and not cache.rollback.fits(len(ids)):
             return None
-        cache.reserve(ids.shape[1])
+        cache.reserve(T)
+        lengths = None if cache.lengths is None else cache.lengths + T
+        if ids.shape not in self.graphs:
+            self.graphs[ids.shape] = None
+            start = cache.lengths
+            start = ids.new_full((len(ids),), cache.seen) if start is None else start.clone()
+            logits = self._run(ids, start, cache)
+            cache.advance(T, lengths)
+            return logits
         fixed, found = cache.tensors(), self.graphs[ids.shape]
         if found is None or list(map(id, fixed)) != list(map(id, found.fixed)):
             try:
@@ -88,8 +96,7 @@ class DecodeGraphs:
             found.start.fill_(cache.seen) if start is None else found.start.copy_(start)
         found.ids.copy_(ids)
         found.graph.replay()
-        T = ids.shape[1]
-        cache.advance(T, None if cache.lengths is None else cache.lengths + T)
+        cache.advance(T, lengths)
         found.seen, found.lengths = cache.seen, cache.lengths
         return found.logits.clone()
 
@@ -97,15 +104,17 @@ class DecodeGraphs:
         """What a graph holds: logits [B, T, V] after ids [B, T], and `start` [B] advanced by T."""
         decoder, (B, T) = self.model.model, ids.shape
         x, layout = decoder.embed_tokens(ids), decode_layout(B, T, start, ragged=False)
-        for layer in decoder.layers:
-            x, _ = layer(x, layout, past_key_values=cache)
+        with overlapping():
+            for layer in decoder.layers:
+                x, _ = layer(x, layout, past_key_values=cache)
+            logits = project(x, self.model.lm_head, norm=decoder.norm)[0]
         start.add_(T)
-        return project(x, self.model.lm_head, norm=decoder.norm)[0]
+        return logits
 
     def _capture(self, ids: Tensor, cache: KimiLinearCache, fixed: list[Tensor]) -> _Graph:
         ids, graph = ids.clone(), torch.cuda.CUDAGraph()
         start = torch.empty(ids.shape[0], dtype=torch.int64, device=ids.device)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"), overlapping():
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._run(ids, start, cache)
         return _Graph(graph, ids, start, logits, fixed)
 

@@ -13,7 +13,6 @@ import math
 import multiprocessing
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -26,7 +25,7 @@ from benchmarks.results import slug
 from benchmarks.synthetic.models import MIXERS
 from benchmarks.synthetic.report import FOLDER, LENGTHS, replace, write
 from benchmarks.synthetic.tasks import TASKS
-from benchmarks.synthetic.train import Outcome, Setting, train
+from benchmarks.synthetic.train import Outcome, Setting, attempt
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,14 +82,6 @@ def row_of(setting: Setting, outcome: Outcome, gpu: str, git: str | None) -> dic
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     row |= {"max_steps": setting.steps, "gpu": gpu, "torch": torch.__version__}
     return row | {"git": git, "date": today}
-
-
-def attempt(setting: Setting, device: torch.device, deadline: float, eager: bool) -> Outcome | str:
-    """The outcome of a run, or what it raised."""
-    try:
-        return train(setting, device, deadline=deadline, eager=eager, report=log)
-    except Exception:  # the other runs go on
-        return traceback.format_exc()
 
 
 def outcomes(args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:

@@ -1,7 +1,9 @@
 """Training one mixer on one task at one length, on batches that never come twice."""
 
+import functools
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -210,3 +212,12 @@ def train(
         if stop := next((name for name, holds in reasons.items() if holds), None):
             return Outcome(i, round(last - start, 1), accuracy, exact, curve, stop)
     raise ValueError(f"steps is {setting.steps}, want at least 1")
+
+
+def attempt(setting: Setting, device: torch.device, deadline: float, eager: bool) -> Outcome | str:
+    """The outcome of a run, or what it raised. (Other processes do not find it in `__main__`.)"""
+    try:
+        report = functools.partial(print, flush=True)
+        return train(setting, device, deadline=deadline, eager=eager, report=report)
+    except Exception:  # the other runs go on
+        return traceback.format_exc()
