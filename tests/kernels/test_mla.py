@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kimi_kernels import latent_attention, mla
-from tests.helpers import assert_as_good_as
+from kimi_kernels import latent_attention, mla, quantize_latents
+from tests.helpers import DEVICE, assert_as_good_as
 
 NAMES = ("o", "dq", "dlatent", "dw_kv")
 SIZES = {"H": 3, "D_n": 4, "P": 2, "D_v": 5, "R": 6}
@@ -265,6 +266,165 @@ def test_non_contiguous(T):
     want = latent_attention(*args, scale=0.4)
     got = latent_attention(*(x.mT.contiguous().mT for x in args), scale=0.4)
     assert_as_good_as("o", got, want, want)
+
+
+# ---- tiles -------------------------------------------------------------------------------------
+
+RELEASED = {"H": 32, "D_n": 128, "P": 64, "D_v": 128, "R": 512}
+PER_TOKEN = 2 * 3 * (4 + 2 + 5)  # numbers of keys and values, in the shapes of `make`
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Keys and causality of every attention to a tile."""
+    found, attend = [], mla._attend
+
+    def spy(q, k, v, causal, scale):
+        found.append((k.shape[2], causal))
+        return attend(q, k, v, causal, scale)
+
+    monkeypatch.setattr(mla, "_attend", spy)
+    return found
+
+
+def form_of(inner, args, *rest):
+    """One of the forms, whichever is cheaper."""
+    q, latent, w_kv = args
+    R = w_kv.shape[1]
+    return inner(q, latent, w_kv.view(q.shape[2], -1, R), R, 0.4, *rest)
+
+
+def check_tiles(args, got):
+    """Against one attention with a mask."""
+    (B, T), S = args[0].shape[:2], args[1].shape[1]
+    where = last(B, T, S).to(args[0].device)
+    ref, gold = (form_of(mla._expanded, x, where) for x in (args, [x.double() for x in args]))
+    assert_as_good_as("o", got, ref, gold)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(
+    "most, T, S, tiles",
+    [
+        (PER_TOKEN * 32, 20, 100, [20, 32, 32, 16]),
+        (PER_TOKEN * 31, 20, 33, [16, 13, 4, 16, 13]),
+        (PER_TOKEN * 8, 20, 21, [8, 1, 8, 8, 1, 4, 8, 8, 1]),
+        (1, 20, 21, [1] * 230),
+    ],
+)
+def test_tiles(most, T, S, tiles, dtype, calls, monkeypatch):
+    """Tiles of the past, whole and not, and of the queries; the first of a block is causal."""
+    monkeypatch.setattr(mla, "AT_ONCE", most)
+    args = make(T, S, dtype=dtype)
+    check_tiles(args, latent_attention(*args, scale=0.4))
+    assert [n for n, _ in calls] == tiles
+    assert sum(causal for _, causal in calls) == -(-T // max(tiles))
+
+
+@pytest.mark.parametrize(
+    "change", [{"P": 0}, {"D_v": 1}, {"H": 1, "B": 1}, {"B": 3}, {"B": 0}], ids=str
+)
+def test_shapes_in_tiles(change, calls, monkeypatch):
+    monkeypatch.setattr(mla, "AT_ONCE", PER_TOKEN * 8)
+    args = make(30, 50, **change)
+    check_tiles(args, latent_attention(*args, scale=0.4))
+    assert len(calls) > 1
+
+
+def test_scores_far_apart_in_tiles(monkeypatch):
+    """Scores of 1e4 and more in one tile: the others count for nothing, and nothing overflows."""
+    monkeypatch.setattr(mla, "AT_ONCE", PER_TOKEN * 8)
+    q, latent, w_kv = make(20, 50, dtype=torch.float32)
+    latent[:, 8:16] *= 1e3
+    args = 100 * q, latent, w_kv
+    check_tiles(args, latent_attention(*args, scale=0.4))
+
+
+def test_fp8_in_tiles(calls, monkeypatch):
+    """A tile at a time is in the model's dtype."""
+    monkeypatch.setattr(mla, "AT_ONCE", PER_TOKEN * 8)
+    q, latent, w_kv = make(20, 50, dtype=torch.float32)
+    latents = quantize_latents(latent, 6)
+    got, want = (latent_attention(q, x, w_kv, scale=0.4) for x in (latents, latents.dequantize()))
+    assert torch.equal(got, want) and len(calls) > 6
+
+
+def test_later_tokens_change_no_bit_in_tiles(monkeypatch):
+    monkeypatch.setattr(mla, "AT_ONCE", PER_TOKEN * 8)
+    q, latent, w_kv = make(20, 30, dtype=torch.float32)
+    q2, latent2 = q.clone(), latent.clone()
+    q2[:, 11:], latent2[:, 21:] = q[:, 11:].flip(0), latent[:, 21:].flip(0)
+    a, b, again = (
+        latent_attention(*x, w_kv, scale=0.4) for x in ((q, latent), (q2, latent2), (q, latent))
+    )
+    assert torch.equal(a[:, :11], b[:, :11]) and not torch.equal(a, b) and torch.equal(a, again)
+
+
+def test_where_there_are_no_tiles(calls):
+    """With a gradient, positions, nothing before the queries, or for a compiler."""
+    args = [x.to(DEVICE) for x in make(20, 33, dtype=torch.float32)]
+    latent_attention(*args, scale=0.4, positions=last(2, 20, 33).to(DEVICE))
+    latent_attention(*make(20, 20), scale=0.4)
+    latent_attention(args[0].clone().requires_grad_(), *args[1:], scale=0.4)
+    torch.compiler.reset()
+    compiled = torch.compile(latent_attention, fullgraph=True, backend="aot_eager")
+    got = compiled(*args, scale=0.4)
+    assert not calls
+    check_tiles(args, got)
+    latent_attention(*args, scale=0.4)
+    assert calls
+
+
+def make_on_gpu(T, S, dtype, **widths):
+    return [x.cuda() for x in make(T, S, dtype=dtype, **(RELEASED | widths))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kernel", [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "widths",
+    [{}, {"D_n": 16, "P": 8, "D_v": 16, "R": 8}, {"D_n": 12, "P": 4, "D_v": 40, "R": 16},
+     {"D_n": 3, "P": 2, "D_v": 5, "R": 7}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "B, T, S", [(2, 9, 700), (2, 170, 171), (3, 1025, 3000), (1, 1024, 5000), (1, 3000, 20000)]
+)
+def test_tiles_on_a_gpu(B, T, S, widths, dtype, kernel, monkeypatch):
+    """Tiles of 1024 tokens; each kernel by itself, or plain torch for what it does not take."""
+    args = make_on_gpu(T, S, dtype, B=B, H=4, **widths)
+    numbers = args[0].shape[-1] + widths.get("D_v", 128)
+    monkeypatch.setattr(mla, "AT_ONCE", B * 4 * numbers * 1024)
+    with sdpa_kernel(kernel):
+        got, again = (form_of(mla._in_tiles, args) for _ in range(2))
+    assert torch.equal(got, again)
+    check_tiles(args, got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cudnn_attends_at_the_released_widths(dtype, monkeypatch):
+    found, ask = [], mla.can_use_cudnn_attention
+    monkeypatch.setattr(mla, "can_use_cudnn_attention", lambda x: found.append(ask(x)) or found[-1])
+    args = make_on_gpu(300, 1000, dtype, B=1)
+    check_tiles(args, latent_attention(*args, scale=0.4))
+    assert found == [torch.cuda.get_device_capability()[0] in (9, 10)] * 2
+
+
+@pytest.mark.gpu
+def test_memory_of_a_long_past():
+    """Keys and values of a tile, not of the 300,000 tokens: those would be 6 GB, without copies."""
+    args = make_on_gpu(4096, 300_000, torch.bfloat16, B=1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    latent_attention(*args, scale=0.4)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 3 * mla.AT_ONCE
 
 
 # ---- errors ------------------------------------------------------------------------------------
