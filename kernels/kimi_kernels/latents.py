@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kimi_kernels.checks import accumulation_dtype, check_like, check_shape
 from kimi_kernels.dispatch import use_triton
+from kimi_kernels.rms_norm import rms_norm
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -66,32 +67,63 @@ def check_quantized(latents: QuantizedLatents, B: int, S: int, R: int, P: int, q
             )
 
 
-def store_latents(latent: Tensor, into: QuantizedLatents, rows: Tensor, columns: Tensor) -> None:
-    """Quantize N tokens and write each to its place, in place: one launch on a GPU.
+def store_latents(
+    latent: Tensor,
+    into: Tensor | QuantizedLatents,
+    rows: Tensor | None,
+    columns: Tensor,
+    norm: tuple[Tensor, float] | None = None,
+) -> None:
+    """Write each of N tokens to its place, in place: one launch on a GPU, but for a compiler.
 
     Args:
-        latent: `[N, R + P]`, in the dtype of `into.k_r`.
-        into: contiguous, `[B, S, ...]`.
-        rows, columns: `[N]` int64, below B and S; their values are not checked.
+        latent: `[N, R + P]`, in the dtype of `into` or `into.k_r`.
+        into: `[B, S, R + P]`, or fp8, into which they are quantized, `[B, S, ...]`; contiguous.
+        rows: `[N]` int64, below B; None: as many tokens of each row, one row after the other.
+        columns: `[N]` int64, below S. Neither's values are checked.
+        norm: weight `[R]` and eps of an RMSNorm of c that comes first; same dtype. As `rms_norm`,
+            and to the bit where R and P are multiples of 8.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    (N, L), (B, S, R) = latent.shape, into.c.shape
-    check_quantized(into, B, S, R, L - R, latent)
+    (N, L), fp8 = latent.shape, isinstance(into, QuantizedLatents)
+    held = into if fp8 else (into,)
+    B, S = held[0].shape[:2]
+    if fp8:
+        R = into.c.shape[2]
+        check_quantized(into, B, S, R, L - R, latent)
+    else:
+        R = L if norm is None else min(L, norm[0].numel())
+        check_shape("into", into, B, S, L)
+        check_like("into", into, "latent", latent)
+    if norm is not None:
+        check_shape("norm[0]", norm[0], R)
+        check_like("norm[0]", norm[0], "latent", latent)
     for name, x in (("rows", rows), ("columns", columns)):
+        if x is None:
+            continue
         check_shape(name, x, N)
         if x.dtype != torch.int64 or x.device != latent.device:
             raise ValueError(
                 f"{name} is {x.dtype} on {x.device}, want torch.int64 on {latent.device}"
             )
-    if not all(x.is_contiguous() for x in into):
+    if rows is None and B * (N // max(B, 1)) != N:
+        raise ValueError(f"latent has {N} tokens, want as many for each of {B} rows")
+    if not all(x.is_contiguous() for x in held):
         raise ValueError("into has tensors that are not contiguous, want a whole buffer")
-    if use_triton(latent):
+    if N == 0:
+        return
+    if use_triton(latent) and not torch.compiler.is_compiling():
         from kimi_kernels.latents_triton import store_latents_triton
 
-        return store_latents_triton(latent, into, rows, columns)
-    new = quantize_latents(latent, R)
-    into.c.view(torch.uint8)[rows, columns] = new.c.view(torch.uint8)
-    into.k_r[rows, columns], into.scale[rows, columns] = new.k_r, new.scale
-    return None
+        store_latents_triton(latent, into, rows, columns, norm, R)
+        return
+    if rows is None:
+        rows = torch.arange(B, device=latent.device).repeat_interleave(N // B)
+    if norm is not None:
+        latent = torch.cat((rms_norm(latent[:, :R], *norm), latent[:, R:]), -1)
+    new = quantize_latents(latent, R) if fp8 else (latent,)
+    for x, y in zip(held, new, strict=True):
+        bits = torch.uint8 if x.dtype == FP8 else x.dtype
+        x.view(bits)[rows, columns] = y.view(bits)

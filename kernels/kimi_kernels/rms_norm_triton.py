@@ -12,6 +12,15 @@ PROGRAMS = 512  # of the backward pass: each has a partial sum of dw
 
 
 @triton.jit
+def normalise(b_h, b_w, eps, D: tl.constexpr):
+    """Rows h [BN, BD], of which D count, and w [BD] in fp32 -> y in fp32, r [BN]."""
+    b_f = b_h.to(tl.float32)
+    b_r = 1 / tl.sqrt(tl.sum(b_f * b_f, 1) / D + eps)
+    b_xh = (b_f * b_r[:, None]).to(b_h.dtype).to(tl.float32)
+    return b_xh * b_w[None, :], b_r
+
+
+@triton.jit
 def rms_norm_fwd_kernel(
     x, residual, w, y, h, r,
     N, eps,
@@ -27,11 +36,9 @@ def rms_norm_fwd_kernel(
         b_h = b_h.to(h.dtype.element_ty)
         tl.store(h + p, b_h, mask=m)
     b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
-    b_f = b_h.to(tl.float32)
-    b_r = 1 / tl.sqrt(tl.sum(b_f * b_f, 1) / D + eps)  # [BN]
-    b_xh = (b_f * b_r[:, None]).to(x.dtype.element_ty).to(tl.float32)
+    b_y, b_r = normalise(b_h, b_w, eps, D)
     tl.store(r + o_n, b_r, mask=m_n)
-    tl.store(y + p, (b_xh * b_w[None, :]).to(y.dtype.element_ty), mask=m)
+    tl.store(y + p, b_y.to(y.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["share"])

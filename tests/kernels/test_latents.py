@@ -1,11 +1,12 @@
-"""Latents in fp8: what they are rounded to, and the kernel that stores them."""
+"""Latents: what fp8 rounds them to, and the kernel that stores them."""
 
 import pytest
 import torch
 
-from kimi_kernels import backend, quantize_latents, store_latents
+from kimi_kernels import backend, fused_linears, quantize_latents, rms_norm, store_latents
+from kimi_kernels.dispatch import overlapping
 from kimi_kernels.latents import FP8, LARGEST, LEAST, QuantizedLatents
-from tests.helpers import DEVICE, KERNEL_DTYPES
+from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
 
 BITS = torch.uint8
 
@@ -21,11 +22,19 @@ def buffer(B, S, R, P, dtype):
     return QuantizedLatents(*(torch.zeros(s, dtype=d, device=DEVICE) for s, d in sizes))
 
 
+def parts(x):
+    """Of latents of either kind, with e4m3 as bytes."""
+    held = x if isinstance(x, QuantizedLatents) else (x,)
+    return [y.view(BITS) if y.dtype == FP8 else y for y in held]
+
+
 def equal(a, b):
-    return all(
-        torch.equal(x.view(BITS), y.view(BITS)) if x.dtype == FP8 else torch.equal(x, y)
-        for x, y in zip(a, b, strict=True)
-    )
+    return all(map(torch.equal, parts(a), parts(b)))
+
+
+def normalised(x, norm):
+    R = norm[0].numel()
+    return torch.cat((rms_norm(x[:, :R], *norm), x[:, R:]), -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -100,11 +109,49 @@ def test_kernel_rounds_as_torch(part):
     assert (got.scale == 1).all() and torch.equal(got.c[0].float(), x.to(FP8).float())
 
 
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("R, P", [(32, 8), (256, 16), (512, 64), (8192, 0)])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_norm_is_rms_norm(R, P, dtype, fp8):
+    """To the bit: what a decode step stores is what a prompt does. Rows given or not."""
+    x, norm = latents(12, R + P, dtype=dtype), (torch.randn(R, device=DEVICE).to(dtype), 1e-6)
+    columns = torch.randperm(20, device=DEVICE)[:12]
+    rows = torch.arange(3, device=DEVICE).repeat_interleave(4)
+    for name in ("reference", "triton"):
+        found = []
+        with backend(name):
+            y = normalised(x, norm)
+            for args in ((y, rows, None), (y, None, None), (x, rows, norm), (x, None, norm)):
+                into = buffer(3, 20, R, P, dtype) if fp8 else x.new_zeros(3, 20, R + P)
+                store_latents(args[0], into, args[1], columns, args[2])
+                found.append(into)
+        assert all(equal(into, found[0]) for into in found)
+        plain = found[0].dequantize() if fp8 else found[0]
+        assert torch.equal(plain[rows, columns][:, R:], x[:, R:])
+        assert fp8 or torch.equal(plain[rows, columns], y)
+        plain[rows, columns] = 0
+        assert not plain.any()  # nothing else is written
+
+
+@pytest.mark.parametrize("R, P", [(1, 3), (20, 4), (33, 0)])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_norm_of_odd_sizes(R, P, dtype):
+    x, norm = latents(3, R + P, dtype=dtype), (torch.randn(R, device=DEVICE).to(dtype), 1e-6)
+    where, into = torch.arange(3, device=DEVICE), x.new_zeros(1, 3, R + P)
+    with backend("triton"):
+        store_latents(x, into, None, where, norm)
+    with backend("reference"):
+        gold = normalised(x.double(), (norm[0].double(), norm[1]))
+        assert_as_good_as("latents", into[0], normalised(x, norm), gold)
+
+
 def test_no_tokens():
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     for name in ("reference", "triton"):
         with backend(name):
-            store_latents(latents(0, 40), buffer(1, 4, 32, 8, torch.float32), none, none)
+            for into in (buffer(1, 4, 32, 8, torch.float32), torch.zeros(0, 4, 40, device=DEVICE)):
+                store_latents(latents(0, 40), into, none, none)
+                store_latents(latents(0, 40), into, None, none)
 
 
 def test_errors():
@@ -121,7 +168,42 @@ def test_errors():
         r"latent\.scale has shape": {"into": into._replace(scale=into.scale[:, :3])},
         "rows has shape": {"rows": good["rows"][:1]},
         "columns is": {"columns": good["rows"].int()},
-        "into has": {"into": QuantizedLatents(*(x[:, ::2] for x in longer))},
+        "into has t": {"into": QuantizedLatents(*(x[:, ::2] for x in longer))},
+        r"norm\[0\] has": {"norm": (torch.zeros(7, device=DEVICE), 1e-6)},
+        r"norm\[0\] is": {"norm": (torch.zeros(8, device=DEVICE).half(), 1e-6)},
+        r"norm\[0\] has shape \[13\]": {"norm": (torch.zeros(13, device=DEVICE), 1e-6)}
+        | {"into": torch.zeros(1, 4, 12, device=DEVICE)},
+        "into has shape": {"into": torch.zeros(1, 4, 11, device=DEVICE)},
+        "into is": {"into": torch.zeros(1, 4, 12, device=DEVICE).half()},
+        "latent has 2 tokens, want as many": {"into": buffer(3, 4, 8, 4, torch.float32)}
+        | {"rows": None},
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"^{match}"):
             store_latents(**(good | change))
+
+
+@pytest.mark.gpu
+def test_a_chain_of_launches_that_begin_early():
+    """Twenty times: a projection, the store of its latent, a projection of what was stored."""
+    R, P, D = 512, 64, 64
+    norm = torch.randn(R, device=DEVICE).bfloat16(), 1e-6
+    down, up = (torch.randn(20, *n, device=DEVICE).bfloat16() / 50 for n in ((R + P, D), (D, D)))
+    column, x = torch.tensor([5], device=DEVICE), torch.randn(1, D, device=DEVICE).bfloat16()
+    buffers = x.new_zeros(20, 1, 9, R + P)
+
+    def chain(y):
+        for w_down, w_up, into in zip(down, up, buffers, strict=True):
+            (latent,) = fused_linears([y], [w_down])
+            store_latents(latent, into, None, column, norm)
+            (y,) = fused_linears([into[0, 5:6, :D]], [w_up], residual=y)
+        return y
+
+    want, graph = chain(x), torch.cuda.CUDAGraph()
+    with overlapping():
+        assert torch.equal(chain(x), want)
+        with torch.cuda.graph(graph):
+            got = chain(x)
+    for _ in range(20):
+        buffers.zero_()
+        graph.replay()
+        assert torch.equal(got, want)

@@ -48,8 +48,8 @@ PUBLIC = {
     "route": """(logits: Tensor, bias: Tensor, top_k: int, *, n_group: int = 1,
         topk_group: int = 1, renormalize: bool = True,
         scale: float = 1.0) -> tuple[Tensor, Tensor]""",
-    "store_latents": """(latent: Tensor, into: QuantizedLatents, rows: Tensor,
-        columns: Tensor) -> None""",
+    "store_latents": """(latent: Tensor, into: Tensor | QuantizedLatents, rows: Tensor | None,
+        columns: Tensor, norm: tuple[Tensor, float] | None = None) -> None""",
 }
 
 FLA_COMPAT = {
