@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Self, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -171,10 +171,13 @@ class LatentLayerCache(CacheLayerMixin):
         rounded = quantize_latents(latent, self.fp8_rank).dequantize()
         return rounded + (latent - latent.detach()) if torch.is_grad_enabled() else rounded
 
-    def update(self, key_states: Tensor, layout: TokenLayout) -> Tensor | QuantizedLatents:
+    def update(
+        self, key_states: Tensor, layout: TokenLayout, norm: tuple[Tensor, float] | None = None
+    ) -> Tensor | QuantizedLatents:
         """Store new latents `[b, t, R+P]`, as `layout` has them, and return all, `[B, S, R+P]`.
 
-        Or the whole buffer, if the layout is static. `length` counts them when the forward is done.
+        Or the whole buffer, if the layout is static: then the RMSNorm of c may be left to this, by
+        its weight and eps. `length` counts them when the forward is done.
         """
         B, T = layout.shape
         with torch.no_grad():
@@ -188,7 +191,13 @@ class LatentLayerCache(CacheLayerMixin):
                     f"{key_states.dtype}"
                 )
             self.reserve(B, end)
-            self._store(key_states, start, end, layout.slots)
+            rows, columns = layout.slots or (None, layout.positions if layout.static else None)
+            if columns is None:
+                for x, new in zip(self.tensors(), self._to_store(key_states), strict=True):
+                    x[:, start:end] = new
+            else:
+                tokens = key_states.flatten(0, 1)
+                store_latents(tokens, self._columns(), rows, columns.flatten(), norm)
         stored = self._columns(None if layout.static else end)
         if layout.static or not torch.is_grad_enabled():
             return stored
@@ -199,17 +208,6 @@ class LatentLayerCache(CacheLayerMixin):
         if layout.slots is None:
             return torch.cat((stored[:, :start], new), 1)
         return stored.index_put(layout.slots, new.flatten(0, 1))
-
-    def _store(self, latent: Tensor, start: int, end: int, slots: Any) -> None:
-        """At `slots`, or in columns start..end of every row."""
-        buffer = self._columns()
-        if slots is None:
-            for x, new in zip(self.tensors(), self._to_store(latent), strict=True):
-                x[:, start:end] = new
-        elif isinstance(buffer, QuantizedLatents):
-            store_latents(latent.flatten(0, 1), buffer, *slots)
-        else:
-            buffer[slots] = latent.flatten(0, 1)
 
     def get_seq_length(self) -> int:
         return self.length

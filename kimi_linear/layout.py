@@ -30,12 +30,14 @@ class TokenLayout:
     cu_seqlens: Tensor | None = None  # [N+1]; None: B full rows
     index: Tensor | None = None  # [n] flat positions of the real tokens; None: all are real
     packed: bool = False  # several documents per row
-    slots: tuple[Tensor, Tensor] | None = None  # row and column of each token in the latent cache
+    # row and column of each token in the latent cache; None: the next columns, or `positions`
+    slots: tuple[Tensor, Tensor] | None = None
     positions: Tensor | None = (
         None  # [B, T] last latent each query sees; None: the usual causal order
     )
     lengths: Tensor | None = None  # [B] tokens per row after this forward; None: the same for all
-    static: bool = False  # MLA attends to the whole latent buffer, whatever it is filled to
+    # MLA stores at `positions`, and attends to the whole latent buffer, whatever it is filled to
+    static: bool = False
     context: ContextSpan | None = None  # these tokens are a span of a row over several processes
 
     def pack(self, x: Tensor) -> Tensor:
@@ -149,11 +151,11 @@ def decode_layout(B: int, T: int, start: Tensor, ragged: bool) -> TokenLayout:
 
     Everything is a function of `start` on its device, so that a CUDA graph can hold it.
     """
-    positions = start[:, None] + torch.arange(T, device=start.device)
-    rows = torch.arange(B, device=start.device)[:, None].expand(B, T)
-    slots = rows.flatten(), positions.flatten()
+    positions = start[:, None]  # of one token without a launch
+    if T > 1:
+        positions = positions + torch.arange(T, device=start.device)
     lengths = start + T if ragged else None
-    return TokenLayout((B, T), slots=slots, positions=positions, lengths=lengths, static=True)
+    return TokenLayout((B, T), positions=positions, lengths=lengths, static=True)
 
 
 def _ends(counts: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from kimi_kernels import latent_attention
 from kimi_linear.cache import KimiLinearCache, LatentLayerCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layout import TokenLayout
-from kimi_linear.linear import project
+from kimi_linear.linear import has_plain_weight, project
 from kimi_linear.norm import KimiLinearRMSNorm
 
 LATENT_NORM_EPS = (
@@ -55,16 +55,20 @@ class KimiLatentAttention(nn.Module):
     ) -> Tensor:
         """x [b, t, D] as `layout.pack` left it -> the same shape; with a norm, x + y of norm(x)."""
         first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
-        q, c = project(x, first, self.kv_a_proj_with_mqa, norm=norm)
+        q, latent = project(x, first, self.kv_a_proj_with_mqa, norm=norm)
         if self.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (-1, self.head_dim))
-        c, k_r = c.split((self.latent_rank, self.rope_dim), -1)
-        latent = torch.cat((self.kv_a_layernorm(c).to(k_r.dtype), k_r), -1)
+        own, later = self.kv_a_layernorm, None
+        if layout.static and has_plain_weight(own, latent):  # with the store
+            later = own.weight, own.eps
+        else:
+            c, k_r = latent.split((self.latent_rank, self.rope_dim), -1)
+            latent = torch.cat((own(c).to(k_r.dtype), k_r), -1)
         w_kv, cu = linear_weight(self.kv_b_proj, latent, self.latent_rank), layout.cu_seqlens
         if cache is not None:
             layer = cast(LatentLayerCache, cache.layers[self.layer_idx])
-            stored = layer.update(latent, layout)
+            stored = layer.update(latent, layout, later)
         if layout.context is not None:
             o = layout.context.attention(q, latent, w_kv, self.scale)
         elif cache is None or not cache.seen:  # nothing but these tokens

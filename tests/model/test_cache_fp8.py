@@ -186,6 +186,33 @@ def test_with_fixed_addresses(model, monkeypatch, captures):
     assert captures[2, 1] == before
 
 
+@pytest.mark.parametrize("latent_dtype", [None, FP8], ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_a_decode_step_norms_latents_as_a_prompt(dtype, latent_dtype, monkeypatch):
+    """To the bit, in the launch of the store; by its module where that has a hook."""
+    config = small_config((1, 5), num_hidden_layers=5, kv_lora_rank=32, qk_rope_head_dim=8)
+    model, stored, calls = build(config).to(DEVICE, dtype), [], []
+    ids, more = (random_ids(config, 2, n, seed=n).to(DEVICE) for n in (9, 1))
+    norm = model.model.layers[0].self_attn.kv_a_layernorm
+    forward = type(norm).forward
+    monkeypatch.setattr(
+        type(norm), "forward", lambda self, *args: calls.append(self) or forward(self, *args)
+    )
+    for static, hooked in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(modeling, "use_triton", lambda x, static=static: static)
+        if hooked:
+            norm.register_forward_hook(lambda *args: None)
+        cache = KimiLinearCache(config, latent_dtype)
+        run(model, ids, cache)
+        calls.clear()
+        run(model, more, cache)
+        assert calls.count(norm) == (not static or hooked)
+        layer = latent_layers(cache)[0]
+        stored.append([x[:, : cache.seen] for x in layer.tensors()])
+    for other in stored[1:]:
+        assert all(map(torch.equal, other, stored[0]))
+
+
 # ---- how to ask for it -------------------------------------------------------------------------
 
 
