@@ -29,9 +29,20 @@ class KimiLinearMLP(nn.Module):
 
     def forward(self, x: Tensor, norm: KimiLinearRMSNorm | None = None) -> Tensor:
         """x [.., D] -> the same shape; with a norm, x + y of norm(x)."""
+        if norm is not None and self._fuses(x, norm):
+            flat, (D, F_) = x.flatten(0, -2), self.down_proj.weight.shape
+            none = x.new_empty(len(flat), 0)  # routed experts of a token
+            experts = x.new_empty(0, 2 * F_, D), x.new_empty(0, D, F_), none.long(), none
+            gate, up, down = self.linears()
+            weights = gate.weight, up.weight, down.weight
+            return expert_mlp(flat, *experts, weights, (norm.weight, norm.eps)).view_as(x)
         gate, up = project(x, self.gate_proj, self.up_proj, norm=norm)
         residual = None if norm is None else x
         return project(F.silu(gate) * up, self.down_proj, residual=residual)[0]
+
+    def _fuses(self, x: Tensor, norm: KimiLinearRMSNorm) -> bool:
+        """Whether it can be decoded with its norm as a shared expert is, without other experts."""
+        return decodes(x) and are_plain(self.linears(), x) and has_plain_weight(norm, x)
 
     def linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """gate, up and down."""

@@ -224,6 +224,22 @@ def test_shared_expert(T, k, F_s, dtype, normed, decoded):
     assert bool(decoded) == (T * k <= 64 and F_s % 24 == 0)
 
 
+@each_dtype
+@pytest.mark.parametrize("T", [1, 2, 65])
+@pytest.mark.parametrize("F, F_s", [(24, 24), (24, 72)])
+def test_shared_expert_alone(T, F, F_s, dtype, decoded):
+    """A dense layer with its norm: there are no routed experts."""
+    x, norm, shared, found = make(T, 2)[0], torch.randn(40), make_shared(F_s), []
+    index = torch.zeros(T, 0, dtype=torch.int64, device=DEVICE)
+    given = x, x.new_zeros(0, 2 * F, 40), x.new_zeros(0, 40, F), norm.to(DEVICE, dtype), *shared
+    for name, cast in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        x, gate_up, down, w_norm, *ws = (t.to(cast) for t in given)
+        with backend(name):
+            found.append(expert_mlp(x, gate_up, down, index, index.to(cast), ws, (w_norm, 1e-5)))
+    assert_as_good_as("y", *found, dtype)
+    assert bool(decoded) == (T <= 64)
+
+
 def test_gradients_of_a_shared_expert():
     x, gate_up, down, index, weights = make(6, 9)
     shared, grads = make_shared(24), []

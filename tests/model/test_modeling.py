@@ -13,7 +13,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import (
     KimiLinearForCausalLM as NativeForCausalLM,
 )
 
-from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
+from kimi_linear import KimiLinearCache, KimiLinearForCausalLM, moe
 from tests.helpers import FLOOR, rel_err
 from tests.model.helpers import build, native_twin, random_ids, small_config
 
@@ -327,3 +327,18 @@ def test_autocast_halves_the_experts_but_not_the_router(model):
         got = moe.gate(x)
         assert moe.experts(x, got[2], got[1]).dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_dense_layer_of_a_decode_step(model, monkeypatch):
+    """With its norm and residual, as a shared expert without others; one with a hook is not."""
+    layer, x, calls = model.double().model.layers[0], torch.randn(2, 1, 48).double(), []
+    norm = layer.post_attention_layernorm
+    monkeypatch.setattr(moe, "decodes", lambda x: True)
+    call = moe.expert_mlp
+    monkeypatch.setattr(moe, "expert_mlp", lambda *args: calls.append(args) or call(*args))
+    with torch.no_grad():
+        want = x + layer.mlp(norm(x))
+        assert not calls
+        assert rel_err(layer.mlp(x, norm), want) <= FLOOR[torch.float64] and len(calls) == 1
+        layer.mlp.up_proj.register_forward_hook(lambda *args: None)
+        assert rel_err(layer.mlp(x, norm), want) <= FLOOR[torch.float64] and len(calls) == 1

@@ -94,8 +94,9 @@ def expert_mlp(
             expert-parallel plans mark experts of other ranks).
         weights: `[T, k]`, any float dtype; the sum is taken in fp32 or better and rounded once.
         shared: gate and up `[F_s, D]` and down `[D, F_s]` of an expert that every token goes to,
-            with weight 1; same dtype. Decoding makes it in the launches of the others; else it is
-            two matrix products of its own, rounded before they are added.
+            with weight 1; same dtype. Decoding makes it in the launches of the others, of which
+            there may be none (E = k = 0); else it is two matrix products of its own, rounded before
+            they are added.
         norm: weight `[D]`, same dtype, and eps. Decoding makes norm and sum in the same launches.
 
     Returns:

@@ -118,10 +118,12 @@ def combine(y: Tensor, plan: Plan, weights: Tensor | None, T: int) -> Tensor:
 
 
 def few_slots(gate_up: Tensor, index: Tensor, shared: tuple[Tensor, ...] | None) -> bool:
-    """Whether decode_triton.py takes so few tokens, with such a shared expert."""
-    E, F2, D = gate_up.shape
-    whole = shared is None or 2 * len(shared[0]) % max(F2, 1) == 0
-    return 0 not in (index.numel(), D, E, F2) and index.numel() <= DECODE_SLOTS and whole
+    """Whether decode_triton.py takes so few tokens, with such a shared expert or with it alone."""
+    (E, F2, D), (T, top_k) = gate_up.shape, index.shape
+    if 0 in (T, D, F2) or (top_k and not E):
+        return False
+    S, rest = (0, 0) if shared is None else divmod(2 * len(shared[0]), F2)
+    return rest == 0 and top_k + S > 0 and T * max(top_k, 1) <= DECODE_SLOTS
 
 
 def expert_mlp_fwd(
