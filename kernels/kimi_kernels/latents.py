@@ -23,6 +23,7 @@ from kimi_kernels.rms_norm import rms_norm
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+RECIPROCAL = 1 / LARGEST
 LEAST = 2.0**-40  # scale: of a token whose c is zero or next to that
 
 
@@ -49,7 +50,8 @@ def quantize_latents(latent: Tensor, R: int) -> QuantizedLatents:
     """
     c, k_r = latent.detach().split((R, latent.shape[-1] - R), -1)
     c = c.float()
-    scale = (c.abs().amax(-1) / LARGEST).clamp_min(LEAST)
+    # a product: on a GPU torch divides by a number by its reciprocal, on a CPU it does not
+    scale = (c.abs().amax(-1) * RECIPROCAL).clamp_min(LEAST)
     return QuantizedLatents((c / scale[..., None]).to(FP8), k_r, scale)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_kernels.latents import LARGEST, LEAST, QuantizedLatents
+from kimi_kernels.latents import LEAST, RECIPROCAL, QuantizedLatents
 from kimi_kernels.overlap import overlap, wait_for_inputs
 from kimi_kernels.rms_norm_triton import normalise, tiles
 
@@ -42,7 +42,7 @@ def from_e4m3(x, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "T", "S"])
 def store_latents_kernel(
     latent, norm, c, k_r, scale, rows, columns,
-    N, T, S, eps, LARGEST: tl.constexpr, LEAST: tl.constexpr,
+    N, T, S, eps, RECIPROCAL: tl.constexpr, LEAST: tl.constexpr,
     R: tl.constexpr, L: tl.constexpr, s_c: tl.constexpr, s_r: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def store_latents_kernel(
         b_c = b_c.to(tl.float32)
         # as integers, of which those of nan are the largest
         most = tl.max(b_c.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-        b_s = tl.div_rn(most.to(tl.float32, bitcast=True), LARGEST)
+        b_s = most.to(tl.float32, bitcast=True) * RECIPROCAL
         b_s = tl.where(b_s < LEAST, LEAST, b_s)
         tl.store(scale + to, b_s, mask=m_n)
         b_c = to_e4m3(tl.div_rn(b_c, b_s[:, None] + tl.zeros_like(b_c)))
@@ -101,7 +101,7 @@ def store_latents_triton(
     store_latents_kernel[(triton.cdiv(N, BN),)](
         latent.contiguous(), None if weight is None else weight.contiguous(), c, k_r, scale,
         None if rows is None else rows.contiguous(), columns.contiguous(),
-        N, N // c.shape[0], c.shape[1], eps, LARGEST, LEAST,
+        N, N // c.shape[0], c.shape[1], eps, RECIPROCAL, LEAST,
         R=R, L=L, s_c=c.stride(1), s_r=k_r.stride(1), BN=BN, BR=BR, BP=BP,
         num_warps=tiles(R)["num_warps"], **overlap(latent.device),
     )  # fmt: skip
