@@ -18,6 +18,7 @@ from benchmarks.inputs import Draw, Inputs, Shape
 from benchmarks.model_step import inputs, native_config, on_weights, our_config, weights
 from benchmarks.providers import Call
 
+TOKENS = 65536  # of a context in fp8 that are drawn at a time
 ROOM = 512  # tokens that a context has room for beyond its own: more than a measurement takes
 States = Iterable[tuple[Tensor, ...]]  # of each layer, see `drawn_states`
 
@@ -70,10 +71,12 @@ def drawn_states(
                 if not fp8:
                     draw.fill(held[0][i, :S])
                     continue
-                row = draw.fill(torch.empty(1, S, R + P, dtype=dtype, device=device))
-                c, *others = import_module("kimi_kernels").quantize_latents(row, R)
-                for x, new in zip(held, (c.view(torch.uint8), *others), strict=True):
-                    x[i, :S] = new[0]
+                for s in range(0, S, TOKENS):
+                    n = min(TOKENS, S - s)
+                    row = draw.fill(torch.empty(1, n, R + P, dtype=dtype, device=device))
+                    c, *others = import_module("kimi_kernels").quantize_latents(row, R)
+                    for x, new in zip(held, (c.view(torch.uint8), *others), strict=True):
+                        x[i, s : s + n] = new[0]
             yield held
 
 
