@@ -18,9 +18,11 @@ PAPER_NAMES = {"ours": "paper *: Kimi Linear", "all_mla": "paper *: every layer 
 COLOURS = {"ours": "C0", "all_mla": "C1"}  # the same in every plot
 FLOOR_STYLES = {"floor": {"color": "0.5", "linestyle": "--"}}
 FLOOR_STYLES |= {"floor_all_mla": {"color": "0.5", "linestyle": ":"}}
+FLOOR_STYLES |= {"floor_fp8": {"color": "0.5", "linestyle": "-."}}
 PAPER_STYLE = {"linestyle": "--", "linewidth": 0.8, "marker": "x", "markersize": 4}
 # of the panel of ratios: name -> whose times are divided by whose
 RATIOS = {"measured": ("all_mla", "ours"), "by the floors": ("floor_all_mla", "floor")}
+RATIOS |= {"latents in fp8": ("all_mla", "fp8"), "by its floor": ("floor_all_mla", "floor_fp8")}
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ def _draw_times(axes: Any, drawing: Drawing, labels: dict[str, str]) -> None:
 def _draw_ratios(axes: Any, drawing: Drawing) -> None:
     marked = {"color": COLOURS["ours"], "marker": "o"}
     styles = {"measured": marked, "by the floors": FLOOR_STYLES["floor"]}
+    styles |= {"latents in fp8": {"color": "C3", "marker": "o"}}
+    styles |= {"by its floor": FLOOR_STYLES["floor_fp8"]}
     styles |= {"paper *": marked | PAPER_STYLE}
     for name, points in ratios(drawing.plot, drawing.lines).items():
         axes.plot(*zip(*points, strict=True), label=name, **styles[name])
