@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -50,22 +51,22 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-_overlapping = False
+_overlapping = ContextVar("overlapping", default=False)
 
 
 @contextlib.contextmanager
 def overlapping() -> Iterator[None]:
     """Inside a `with` block no kernel writes a weight: kernels may read them ahead (overlap.py)."""
-    global _overlapping
-    previous, _overlapping = _overlapping, True
+    token = _overlapping.set(True)
     try:
         yield
     finally:
-        _overlapping = previous
+        _overlapping.reset(token)
 
 
 def may_overlap() -> bool:
-    return _overlapping
+    """Whether this thread is inside of `overlapping`."""
+    return _overlapping.get()
 
 
 def reference_only(op: str) -> None:

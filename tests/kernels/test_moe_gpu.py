@@ -1,5 +1,7 @@
 """expert_mlp on a GPU: the released widths, CUDA graphs, host syncs, more than 2^31 elements."""
 
+import gc
+
 import pytest
 import torch
 
@@ -19,6 +21,13 @@ E, D, F, k = 256, 2304, 1024, 8  # released
 @pytest.fixture
 def poison_empty():
     """Not here: it would double what the tests below write."""
+
+
+@pytest.fixture(autouse=True)
+def free_memory():
+    """What the tests before have left in torch's allocator is not free for the large ones."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("T", [1, 5, 8, 9, 32])
