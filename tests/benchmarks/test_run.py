@@ -111,8 +111,9 @@ def test_the_largest_batch(tmp_path, green, monkeypatch):
     monkeypatch.setattr(capacity, "free_bytes", lambda device: free + 1)
     assert run.main(["--mode", op.mode, "--out", str(out), *option(shape)]) == 0
     rows = {row["provider"]: row for row in results.read(out)}
-    assert set(rows) == {"ours", "all_mla", "floor", "floor_all_mla", "torch"}
-    for name, floor in (("ours", "floor"), ("all_mla", "floor_all_mla")):
+    floors = {"ours": "floor", "all_mla": "floor_all_mla", "fp8": "floor_fp8"}
+    assert set(rows) == {*floors, *floors.values(), "torch"}
+    for name, floor in floors.items():
         provider, row = op.providers[name], rows[name]
         full = shape | {"B": row["batch"]}
         left = free - op.memory(shape) - capacity.MARGIN
@@ -121,8 +122,10 @@ def test_the_largest_batch(tmp_path, green, monkeypatch):
         assert row["shape"] == shape and rows[floor]["batch"] == row["batch"]
         size = (provider.bytes or op.bytes)(full)
         assert row["gbps"] * row["ms_p50"] == pytest.approx(size / 1e6, rel=1e-3)
-        cache = {"ours": 3 * (2 * 64 * 64 * 4 + 3 * 3 * 2 * 64 * 2), "all_mla": 3 * 37 * 48 * 2}
-        assert row["cache_mb"] * 1e6 == pytest.approx(cache[name] + 37 * 48 * 2, rel=1e-3)
+        states = 3 * (2 * 64 * 64 * 4 + 3 * 3 * 2 * 64 * 2)
+        latents = {"ours": 48 * 2, "all_mla": 4 * 48 * 2, "fp8": 16 + 32 * 2 + 4}[name]
+        cache = 37 * latents + (0 if name == "all_mla" else states)
+        assert row["cache_mb"] * 1e6 == pytest.approx(cache, rel=1e-3)
     assert rows["ours"]["batch"] == 40 != rows["all_mla"]["batch"]
 
 
