@@ -280,7 +280,7 @@ def test_a_run_that_raises_does_not_stop_the_others(tmp_path, on_cpu, monkeypatc
             raise RuntimeError("broken")
         return Outcome(1, 0.1, 0.5, 0.0, [[1, 0.5]], "steps")
 
-    monkeypatch.setattr(cli, "train", failing)
+    monkeypatch.setattr("benchmarks.synthetic.train.train", failing)
     argv = ["run", "--task", "stack", "--length", "256", "--out", str(tmp_path / "x.jsonl")]
     assert cli.main(argv) == 1
     assert "stack kda 256 lr 0.001: NOT TRAINED" in capsys.readouterr().out
@@ -296,7 +296,7 @@ def test_a_budget_is_shared(tmp_path, on_cpu, monkeypatch, capsys):
         clock[0] += 10 if len(shares) == 1 else 300
         return Outcome(1, 0.1, 0.5, 0.0, [[1, 0.5]], "budget")
 
-    monkeypatch.setattr(cli, "train", spend)
+    monkeypatch.setattr("benchmarks.synthetic.train.train", spend)
     monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
     argv = ["run", "--task", "stack", "--length", "256", "--budget", "300"]
     assert cli.main([*argv, "--out", str(tmp_path / "x.jsonl")]) == 0
