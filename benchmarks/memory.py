@@ -7,7 +7,6 @@ fit is not tried, and does not fit either.
 
 import argparse
 import datetime
-import gc
 import itertools
 import json
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.capacity import release
 from benchmarks.inputs import DTYPE, Shape
 from benchmarks.model_ops import MODEL
 from benchmarks.model_step import config, model_of
@@ -99,9 +99,7 @@ def free(model: nn.Module | None, device: torch.device) -> None:
     """After a step that did or did not fit."""
     if model is not None:
         model.zero_grad()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(device)
 
 
 def rows_of(
