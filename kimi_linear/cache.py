@@ -421,7 +421,7 @@ class KimiLinearCache(Cache):
         """
         self.rollback.on = True
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last n tokens of every row; `tokens_to_remove` is -n, as transformers has it.
 
         They must have come since `activate_past_recording` and since the last crop, also one of 0.
@@ -429,10 +429,10 @@ class KimiLinearCache(Cache):
         Raises:
             ValueError: they have not, or what came since then had padding or was too much.
         """
-        n, record = -tokens_to_remove, self.rollback
+        n, record = -int(tokens_to_remove), self.rollback
         if n and not 0 < n <= record.count:
             raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}, but a KDA state cannot forget tokens, "
+                f"tokens_to_remove is {-n}, but a KDA state cannot forget tokens, "
                 f"and {record.count} are recorded: take cache.snapshot() before them and restore() "
                 "it, or call cache.activate_past_recording() and crop by a negative number"
             )

@@ -1,5 +1,7 @@
 """What every test runs under. The environment is set before triton or transformers load."""
 
+import fcntl
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,3 +31,14 @@ def pytest_collection_modifyitems(items):
 def seed():
     """Every test starts from the same random numbers, in any order and on any worker."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def much_memory(tmp_path_factory):
+    """For a test that fills tens of GB of a GPU: one at a time, over all workers."""
+    with open(tmp_path_factory.getbasetemp().parent / "much_memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()

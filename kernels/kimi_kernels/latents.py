@@ -26,6 +26,10 @@ LARGEST = 448.0  # of e4m3
 RECIPROCAL = 1 / LARGEST
 LEAST = 2.0**-40  # scale: of a token whose c is zero or next to that
 
+# Bytes of c in a program of the kernel, 16 for each of 128 threads. Then as many threads share a
+# token as in rms_norm's kernel, and the order of its sum is the same.
+TILE = 2048
+
 
 class QuantizedLatents(NamedTuple):
     """S latents in each of B rows."""
@@ -78,6 +82,8 @@ def store_latents(
 ) -> None:
     """Write each of N tokens to its place, in place: one launch on a GPU, but for a compiler.
 
+    A norm of more than 2 KB is another launch.
+
     Args:
         latent: `[N, R + P]`, in the dtype of `into` or `into.k_r`.
         into: `[B, S, R + P]`, or fp8, into which they are quantized, `[B, S, ...]`; contiguous.
@@ -116,15 +122,16 @@ def store_latents(
         raise ValueError("into has tensors that are not contiguous, want a whole buffer")
     if N == 0:
         return
-    if use_triton(latent) and not torch.compiler.is_compiling():
+    by_kernel = use_triton(latent) and not torch.compiler.is_compiling()
+    if norm is not None and not (by_kernel and R * latent.element_size() <= TILE):
+        latent, norm = torch.cat((rms_norm(latent[:, :R], *norm), latent[:, R:]), -1), None
+    if by_kernel:
         from kimi_kernels.latents_triton import store_latents_triton
 
         store_latents_triton(latent, into, rows, columns, norm, R)
         return
     if rows is None:
         rows = torch.arange(B, device=latent.device).repeat_interleave(N // B)
-    if norm is not None:
-        latent = torch.cat((rms_norm(latent[:, :R], *norm), latent[:, R:]), -1)
     new = quantize_latents(latent, R) if fp8 else (latent,)
     for x, y in zip(held, new, strict=True):
         bits = torch.uint8 if x.dtype == FP8 else x.dtype

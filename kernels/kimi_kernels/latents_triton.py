@@ -8,13 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_kernels.latents import LEAST, RECIPROCAL, QuantizedLatents
+from kimi_kernels.latents import LEAST, RECIPROCAL, TILE, QuantizedLatents
 from kimi_kernels.overlap import overlap, wait_for_inputs
 from kimi_kernels.rms_norm_triton import normalise, tiles
-
-# bytes of c in a program, 16 for each of 128 threads: then as many share a token as in rms_norm,
-# whose programs have more tokens, and the order of its sum is the same
-TILE = 2048
 
 
 @triton.jit

@@ -399,6 +399,7 @@ def test_gradient_without_the_state():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_more_elements_than_2_to_31():
     """Bit-equal where one compilation does both, so all have a state."""
     T, D = 140_000, 16384
@@ -424,6 +425,7 @@ def test_gradients_at_the_sizes_of_a_layer(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_gradients_of_more_elements_than_2_to_31():
     T, D = 140_000, 16384
     x = torch.randn(1, T, D, device=DEVICE, dtype=torch.bfloat16)

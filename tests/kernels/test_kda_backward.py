@@ -466,6 +466,7 @@ def test_cuda_graph(op, make, T, is_packed):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.slow
 @each_chunk_op
 def test_more_elements_than_2_to_31(op, make):

@@ -230,6 +230,7 @@ def test_cuda_graph_advances_the_states(T):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_a_state_of_more_elements_than_2_to_31():
     B, H, K, V = 4100, 32, 128, 128
     args = make(1, B=1, H=H, K=K, V=V, dtype=torch.bfloat16)

@@ -217,6 +217,7 @@ def test_pieces_of_any_form(make, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 @each_op
 def test_more_elements_than_2_to_31(op, make):
     """The last tokens are to the bit those from the state that the first ones leave."""

@@ -417,6 +417,7 @@ def test_cudnn_attends_at_the_released_widths(dtype, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_memory_of_a_long_past():
     """Keys and values of a tile, not of the 300,000 tokens: those would be 6 GB, without copies."""
     args = make_on_gpu(4096, 300_000, torch.bfloat16, B=1)

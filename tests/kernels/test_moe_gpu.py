@@ -1,7 +1,5 @@
 """expert_mlp on a GPU: the released widths, CUDA graphs, host syncs, more than 2^31 elements."""
 
-import gc
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
 from tests.kernels.test_moe import NAMES
 from tests.kernels.test_moe_triton import by_counts, check, draw, make, run
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("much_memory")]
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 E, D, F, k = 256, 2304, 1024, 8  # released
 
@@ -21,13 +19,6 @@ E, D, F, k = 256, 2304, 1024, 8  # released
 @pytest.fixture
 def poison_empty():
     """Not here: it would double what the tests below write."""
-
-
-@pytest.fixture(autouse=True)
-def free_memory():
-    """What the tests before have left in torch's allocator is not free for the large ones."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("T", [1, 5, 8, 9, 32])

@@ -232,6 +232,7 @@ def test_cuda_graph_without_a_host_sync():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_more_elements_than_2_to_31():
     logits, bias = make(2**23 + 100, 256)
     weights, index = run("triton", logits, bias, 8)

@@ -69,21 +69,35 @@ def test_crop(full_attn_layers, padding, dtype):
         cache.crop(0)
 
 
-def test_crop_by_the_kernel(model, monkeypatch):
+def test_crop_by_the_kernel(monkeypatch):
     """All layers in one launch: its states are those of the reference, layer by layer."""
+    model = build(CONFIG).to(DEVICE)
 
     def step(*args):
         with backend("triton"):
             return kda_step(*args)
 
     monkeypatch.setattr(rollback, "kda_step", step)
-    ids = random_ids(CONFIG, 2, 20)
-    cache, other = recording(model, ids[:, :9]), KimiLinearCache(CONFIG)
-    run(model, ids[:, 9:17], cache)
-    cache.crop(-3)
-    run(model, ids[:, :9], other)
-    run(model, ids[:, 9:14], other)
+    ids = random_ids(CONFIG, 2, 20).to(DEVICE)
+    with backend("reference"):
+        cache, other = recording(model, ids[:, :9]), KimiLinearCache(CONFIG)
+        run(model, ids[:, 9:17], cache)
+        cache.crop(-3)
+        run(model, ids[:, :9], other)
+        run(model, ids[:, 9:14], other)
     assert_same_caches(cache, other)
+
+
+def test_crop_by_a_tensor(model):
+    """As `generate` does: no size of the cache becomes a tensor, which a graph cannot wait for."""
+    ids = random_ids(CONFIG, 2, 20)
+    caches = [recording(model, ids[:, :9]) for _ in range(2)]
+    for cache, n in zip(caches, (-3, torch.tensor(-3)), strict=True):
+        run(model, ids[:, 9:17], cache)
+        cache.crop(n)
+    assert type(caches[1].seen) is int
+    assert all(type(x.length) is int for x in caches[1].layers if hasattr(x, "length"))
+    assert_same_caches(caches[1], caches[0])
 
 
 @pytest.mark.parametrize("kept", range(0, 34, 3))
