@@ -9,6 +9,7 @@ addresses, so it is captured again when a tensor of the cache has moved: after g
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,8 +115,18 @@ class DecodeGraphs:
     def _capture(self, ids: Tensor, cache: KimiLinearCache, fixed: list[Tensor]) -> _Graph:
         ids, graph = ids.clone(), torch.cuda.CUDAGraph()
         start = torch.empty(ids.shape[0], dtype=torch.int64, device=ids.device)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self._run(ids, start, cache)
+        # `torch.cuda.graph` would give all cached memory back to the driver before
+        stream = torch.cuda.Stream(ids.device)
+        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                logits = self._run(ids, start, cache)
+            except BaseException:
+                with suppress(RuntimeError):  # it fails too, and says less
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return _Graph(graph, ids, start, logits, fixed)
 
 

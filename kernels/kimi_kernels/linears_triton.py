@@ -22,7 +22,7 @@ def load_columns(w, k, o_k, m_n, K: tl.constexpr):
 def some_outputs(
     x, w, y, norm, residual, i_n, rows, eps, s_y,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """BN columns of y [rows, N] = x [rows, K] times w [N, K]^T; rows of y and residual s_y apart.
 
@@ -36,7 +36,7 @@ def some_outputs(
     for _ in tl.static_range(BM):
         sums += (tl.zeros([BN, BK], tl.float32),)
         squares += (tl.zeros([BK], tl.float32),)
-    wait_for_inputs(OVERLAP)
+    wait_for_inputs(OVERLAP, EARLY)
     for k in tl.static_range(0, K, BK):
         m_k = o_k < K - k
         if k < AHEAD * BK:

@@ -48,7 +48,7 @@ def expand_kernel(
     i_h, i_v = (tl.program_id(0) // NV).to(tl.int64), tl.program_id(0) % NV
     some_outputs(
         o_c + i_h * rows * R, w + i_h * s_w, o + i_h * D_v, None, None, i_v, rows, 0.0, H * D_v,
-        D_v, R, BM, BN, BK, 2, OVERLAP,
+        D_v, R, BM, BN, BK, 2, OVERLAP, EARLY=True,
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ of `dispatch.overlapping` a kernel is launched, and reads its weights, while the
     everything else
 
 Every kernel of such a chain passes `wait_for_inputs` in each of its programs. So whatever stands
-before it may count on all kernels but the one just before. Kernels of other libraries do not begin
-early, and the first kernel after one of them begins when it ends.
+before it may count on all kernels but the one just before; and where that one is `EARLY` on nothing
+but weights. Kernels of other libraries do not begin early, and the first kernel after one of them
+begins when it ends.
 """
 
 from typing import Any
@@ -32,8 +33,16 @@ def overlap(device: torch.device, always: bool = False) -> dict[str, Any]:
 
 
 @triton.jit
-def wait_for_inputs(OVERLAP: tl.constexpr):
-    """The kernels before have ended, and what they have written is there from here on."""
+def wait_for_inputs(OVERLAP: tl.constexpr, EARLY: tl.constexpr = False):
+    """The kernels before have ended, and what they have written is there from here on.
+
+    EARLY: the next kernel may begin now, not after that. It should read many weights ahead, while
+    this one and the one before leave the memory idle; of a chain in which all are EARLY the waiting
+    programs get in the way of those that work.
+    """
     if OVERLAP:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()

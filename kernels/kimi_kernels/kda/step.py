@@ -102,7 +102,7 @@ def kda_step_update_kernel(
     m_s = m_d[:, None] & m_e[None, :]
     b_S = tl.load(p_s, mask=m_s, other=0.0)
     b_w = tl.load(norm + e, mask=m_e, other=0.0).to(tl.float32)
-    wait_for_inputs(OVERLAP)
+    wait_for_inputs(OVERLAP, EARLY=True)
     for t in range(0, T):
         tok = i_n * T + t
         p = x + (tok * H + i_h) * (3 * K + V + 1)

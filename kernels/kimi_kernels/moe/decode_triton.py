@@ -17,18 +17,35 @@ from kimi_kernels.triton_math import sigmoid
 DECODE_SLOTS = 64
 # rows and columns of weights per step of a program, 16 bytes per thread and row
 HIDDEN_TILE, SUM_TILE = (1, 256), (2, 512)
+# steps that a program of the shared expert reads before the choice is there: 80 registers
+AHEAD = tl.constexpr(10)
+
+
+@triton.jit
+def load_weights(gate, up, at, d, m_f, o_d, D: tl.constexpr):
+    m = m_f & (o_d < D - d)[None, :]
+    b_g = tl.load(gate + at + d, mask=m, other=0.0, eviction_policy="evict_first")
+    b_u = tl.load(up + at + d, mask=m, other=0.0, eviction_policy="evict_first")
+    return b_g, b_u
 
 
 @triton.jit
 def hidden_features(
     x, norm, eps, gate, up, h, i_f,
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BF features of h [F] = SiLU(gate x) up x; with a norm [D], of x / RMS(x) norm."""
+    """BF features of h [F] = SiLU(gate x) up x; with a norm [D], of x / RMS(x) norm.
+
+    EARLY steps of the weights are read before x is there.
+    """
     o_f, o_d = i_f * BF + tl.arange(0, BF), tl.arange(0, BD)
     m_f, at = (o_f < F)[:, None], o_f.to(tl.int64)[:, None] * D + o_d[None, :]
     b_gate, b_up = tl.zeros([BF, BD], tl.float32), tl.zeros([BF, BD], tl.float32)
-    squares = tl.zeros([BD], tl.float32)
+    squares, early = tl.zeros([BD], tl.float32), ()
+    for d in tl.static_range(0, min(D, EARLY * BD), BD):
+        early += (load_weights(gate, up, at, d, m_f, o_d, D),)
+    wait_for_inputs(OVERLAP)
     for d in tl.static_range(0, D, BD):
         m_d = o_d < D - d
         b_x = tl.load(x + d + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -36,9 +53,10 @@ def hidden_features(
             squares += b_x * b_x
             b_x *= tl.load(norm + d + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_x = b_x[None, :]
-        m = m_f & m_d[None, :]
-        b_g = tl.load(gate + at + d, mask=m, other=0.0, eviction_policy="evict_first")
-        b_u = tl.load(up + at + d, mask=m, other=0.0, eviction_policy="evict_first")
+        if d < EARLY * BD:
+            b_g, b_u = early[d // BD]
+        else:
+            b_g, b_u = load_weights(gate, up, at, d, m_f, o_d, D)
         b_gate += b_g.to(tl.float32) * b_x
         b_up += b_u.to(tl.float32) * b_x
     g, u = tl.sum(b_gate, 1), tl.sum(b_up, 1)
@@ -54,21 +72,31 @@ def decode_hidden_kernel(
     E: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     BF: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BF features of a slot of h [T, TOP_K + SHARED, F], the last by gate, up [SHARED F, D]."""
-    wait_for_inputs(OVERLAP)
+    """BF features of a slot of h [T, TOP_K + SHARED, F], the last by gate, up [SHARED F, D].
+
+    Those come first: their weights are known while the choice is made.
+    """
     NF: tl.constexpr = (F + BF - 1) // BF
     slot, i_f = tl.program_id(0) // NF, tl.program_id(0) % NF
-    i_t, j = slot // (TOP_K + SHARED), slot % (TOP_K + SHARED)
-    x += i_t * D
-    h += slot * F
-    if j < TOP_K:
-        i_e = tl.load(index + i_t * TOP_K + j)
+    shared = tl.num_programs(0) // (NF * (TOP_K + SHARED)) * SHARED  # slots of all tokens
+    if SHARED > 0:
+        if slot < shared:
+            i_t, j = slot // SHARED, slot % SHARED
+            x += i_t * D
+            h += (i_t * (TOP_K + SHARED) + TOP_K + j) * F
+            gate += j * (F * D)
+            up += j * (F * D)
+            hidden_features(x, norm, eps, gate, up, h, i_f, D, F, BF, BD, AHEAD, OVERLAP)
+    if slot >= shared:
+        wait_for_inputs(OVERLAP)
+        slot -= shared
+        i_e = tl.load(index + slot)
         if (i_e >= 0) & (i_e < E):
+            i_t, j = slot // max(TOP_K, 1), slot % max(TOP_K, 1)
+            x += i_t * D
+            h += (i_t * (TOP_K + SHARED) + j) * F
             w += i_e * (2 * F * D)
-            hidden_features(x, norm, eps, w, w + F * D, h, i_f, D, F, BF, BD)
-    elif SHARED > 0:
-        first = (j - TOP_K) * (F * D)
-        hidden_features(x, norm, eps, gate + first, up + first, h, i_f, D, F, BF, BD)
+            hidden_features(x, norm, eps, w, w + F * D, h, i_f, D, F, BF, BD, 0, False)
 
 
 @triton.jit
