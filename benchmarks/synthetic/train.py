@@ -185,11 +185,11 @@ def train(
     model = build(setting.mixer, task.vocab, setting.heads, setting.head_dim).to(device).train()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     step = Step(model, task.asked(setting.length), dtype, eager)
-    generator = Generator(device).manual_seed(setting.seed)
+    draw, generator = task.practice or task.sample, Generator(device).manual_seed(setting.seed)
     start = last = time.monotonic()
     curve: list[list[float]] = []
     for i in range(1, setting.steps + 1):
-        step(*task.sample(*setting.batch, generator), setting.lr_at(i - 1))
+        step(*draw(*setting.batch, generator), setting.lr_at(i - 1))
         if i % setting.every and i < setting.steps:
             continue
         loss = step.loss.item()

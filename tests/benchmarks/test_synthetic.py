@@ -44,10 +44,11 @@ def mqar_answers(ids: list[int]) -> dict[int, int]:
         assert key not in value_of and value not in value_of.values()
         value_of[key] = value
         t += 2
+    left: dict[int, int] = {}  # of a round
     for q in range(t + 1, len(ids), 2):
-        answers[q] = value_of.pop(ids[q])
+        left = left or dict(value_of)
+        answers[q] = left.pop(ids[q])
         assert ids[q + 1 : q + 2] in ([answers[q]], [])
-    assert not value_of
     return answers
 
 
@@ -79,8 +80,14 @@ SLOW = {"palindrome": palindrome_answers, "mqar": mqar_answers, "stack": stack_a
 @pytest.mark.parametrize("T", [4, 16, 100, 256, 2048])
 def test_answers(name, T):
     task = tasks.TASKS[name]
-    ids, labels = task.sample(3, T, torch.Generator().manual_seed(T))
-    assert ids.shape == labels.shape == (3, T) and ids.min() >= 0 and ids.max() < task.vocab
+    samples = [sample for sample in (task.sample, task.practice) if sample is not None]
+    drawn = [sample(3, T, torch.Generator().manual_seed(T)) for sample in samples]
+    ids, labels = (torch.cat(x) for x in zip(*drawn, strict=True))
+    assert (
+        ids.shape == labels.shape == (3 * len(samples), T)
+        and ids.min() >= 0
+        and ids.max() < task.vocab
+    )
     for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
         assert SLOW[name](row) == {t: x for t, x in enumerate(wanted) if x != tasks.IGNORED}
     elsewhere = torch.ones(T, dtype=torch.bool)
@@ -96,6 +103,21 @@ def test_batches_differ_and_repeat(name):
     again = sample(2, 64, torch.Generator().manual_seed(1))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], second[0]) and not torch.equal(first[0][0], first[0][1])
+
+
+def test_mqar_pairs():
+    """Measured with T / 4, each asked once; trained on 1 to T / 4, as many below 8 as above."""
+    T = 256
+    for sample in (tasks.mqar, tasks.mqar_practice):
+        ids, labels = sample(2000, T, torch.Generator().manual_seed(0))
+        n = (ids == 0).int().argmax(1) // 2
+        assert ((ids == 0).sum(1) == 1).all()
+        assert ((labels != tasks.IGNORED).sum(1) == (T - 2 * n) // 2).all()
+        if sample is tasks.mqar:
+            assert (n == T // 4).all()
+        else:
+            assert set(n.tolist()) == set(range(1, T // 4 + 1))
+            assert 0.45 < (n < 8).double().mean() < 0.55
 
 
 def test_stack_odds():
