@@ -29,6 +29,7 @@ class Code(NamedTuple):
     stack: int
     words: Counter[str]  # of the dump; HGMMA counts HGMMA.64x32x16.F32.BF16, too
     broken: list[str]  # descriptors
+    early: bool  # lets the next kernel begin (PREEXIT) before it has waited (ACQBULK)
 
     def __str__(self) -> str:
         return (
@@ -94,7 +95,9 @@ def code(sass: str, case: str, name: str, shared: int) -> Code:
     used = re.search(r"\bREG:(\d+) STACK:(\d+)", sass)
     assert used, f"{case}, {name}: no resources in its dump"
     words = Counter(re.findall(r"\b[A-Z]\w+", sass))
-    return Code(case, name, shared, int(used[1]), int(used[2]), words, broken_descriptors(sass))
+    early = "PREEXIT" in sass.partition("ACQBULK")[0]
+    broken = broken_descriptors(sass)
+    return Code(case, name, shared, int(used[1]), int(used[2]), words, broken, early)
 
 
 # ---- the compiling process ---------------------------------------------------------------------

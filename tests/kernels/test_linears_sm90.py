@@ -23,6 +23,7 @@ def test_machine_code(tmp_path):
     assert [x.case for x in kernels] == list(CASES)
     for x in kernels:
         assert x.stack == 0 and x.words["ACQBULK"] and x.words["PREEXIT"], str(x)
+        assert not x.early, str(x)
 
 
 def compile_cases(folder: Path) -> None:
