@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kimi_kernels import backend, fused_linears, rms_norm
+from kimi_kernels import backend, fused_linears, linears_triton, rms_norm
 from kimi_kernels.dispatch import overlapping
 from kimi_kernels.linears import MOST_ROWS
 from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
@@ -53,10 +53,8 @@ def test_fp32_outputs_are_not_rounded(dtype):
         check(*make((rows,), 300, (20, 3), dtype), torch.float32)
 
 
-@each_dtype
-@pytest.mark.parametrize("rows", [(1, 1), (2,), (3,)], ids=str)
-@pytest.mark.parametrize("K, N", [(40, 7), (300, 64), (1000, 5000)])
-def test_norm_and_residual(rows, K, N, dtype):
+def check_block(rows, K, N, dtype):
+    """A layer with a norm before it, with and without a residual."""
     (x,), (w,) = make(rows, K, (N,), dtype)
     x, norm = 3 * x, torch.randn(K, device=DEVICE).to(dtype)
     residual = torch.randn(*rows, N, device=DEVICE).to(dtype)
@@ -72,6 +70,25 @@ def test_norm_and_residual(rows, K, N, dtype):
         gold = block(*(t.double() for t in (x, w, norm, residual)))
     assert_as_good_as("y", got, ref, gold)
     assert_as_good_as("without the residual", plain, ref - residual, gold - residual.double())
+
+
+@each_dtype
+@pytest.mark.parametrize("rows", [(1, 1), (2,), (3,)], ids=str)
+@pytest.mark.parametrize(
+    "K, N", [(40, 7), (300, 64), pytest.param(1000, 5000, marks=pytest.mark.gpu)]
+)
+def test_norm_and_residual(rows, K, N, dtype):
+    check_block(rows, K, N, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("rows, BN, AHEAD", [((1, 1), 4, 8), ((2,), 2, 0)], ids=str)
+def test_tiles_of_many_outputs(rows, BN, AHEAD, dtype, monkeypatch):
+    """Of more than 4096, with fewer here: the interpreter would take minutes."""
+    picked = linears_triton.pick_tiles(5000, 1000, rows[0])
+    assert (picked["BN"], picked["AHEAD"]) == (BN, AHEAD)
+    monkeypatch.setattr(linears_triton, "pick_tiles", lambda N, K, rows: picked)
+    check_block(rows, 1000, 70 + BN // 2, dtype)
 
 
 def test_runs_are_bit_equal_and_rows_do_not_matter_to_each_other():
