@@ -96,11 +96,13 @@ def run_two_processes(script: Path, *args: str) -> None:
 
 
 def run_processes(count: int, script: Path, *args: str) -> None:
-    """Run a script under torch's launcher; fails with what it wrote last."""
+    """Run a script in that many; fails with what they wrote last."""
     root = Path(__file__).parents[2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch = ["tests.model.forked", str(count)]
+    if torch.cuda.is_available():  # which does not survive a fork
+        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     run = subprocess.run(
-        [*launch, f"--nproc-per-node={count}", str(script), *args],
+        [sys.executable, "-m", *launch, str(script), *args],
         env=os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
