@@ -8,7 +8,6 @@ They take seconds per process, often more than what a small model does after the
 import os
 import runpy
 import signal
-import socket
 import sys
 from datetime import timedelta
 
@@ -16,12 +15,6 @@ import torch.distributed as dist
 from transformers import Trainer  # noqa: F401  for the ranks, as all of what the helpers import
 
 import tests.model.helpers  # noqa: F401
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(rank: int, script: str) -> int:
@@ -44,14 +37,13 @@ def start(rank: int, script: str) -> int:
 
 def main(count: int, script: str) -> int:
     """The ranks' store is in this process, which outlives them all; the first failure ends them."""
-    port = free_port()
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     ranks = {start(rank, script) for rank in range(count)}
-    store = dist.TCPStore(  # noqa: F841
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-    )
     failed = 0
     while ranks:
         pid, status = os.wait()
