@@ -7,18 +7,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch_lang = interpreter._patch_lang
+    # two functions that would take most of the interpreter's time, so that they do it once
+    patch_lang, get_np_dtype, np_dtypes = interpreter._patch_lang, interpreter._get_np_dtype, {}
 
     def patch_once(fn):
-        """What the interpreter does before each call in a kernel, if it has not been done.
-
-        It looks through all of triton.language, which takes longer than most of the functions.
-        """
+        """Before each call in a kernel all of triton.language is looked through and patched."""
         modules = [x for x in fn.__globals__.values() if x is tl or x is tl.core]
         if any(tl.core.is_builtin(x.load) for x in modules):
             return patch_lang(fn)
 
-    interpreter._patch_lang = patch_once
+    def np_dtype_of(dtype):
+        name = dtype.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = get_np_dtype(dtype)
+        return np_dtypes[name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, np_dtype_of
 
 
 @pytest.fixture(autouse=True)

@@ -162,7 +162,7 @@ def test_expanded_upstream_gradients(op, make):
 @each_chunk_op
 def test_strided_upstream_gradients(op, make):
     """Heads before tokens, a slice, and every second channel of a tensor whose others are NaN."""
-    inputs = with_state(make(5, B=2, dtype=torch.float32))
+    inputs = with_state(make(3, B=2, dtype=torch.float32))
     do, dS = upstream(inputs)
     want = through("triton", op, inputs, (do, dS))
     V = do.shape[-1]
