@@ -40,11 +40,10 @@ def train(
     model: nn.Module, folder: Path, *, fsdp: dict | None = None, gates: bool = False,
     with_muon: bool = False, resume: Path | None = None, callbacks=(), **options,
 ) -> Trainer:  # fmt: skip
-    """Four optimizer steps of four documents each, over all processes."""
-    defaults = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
+    """Four optimizer steps of four documents each, over all processes, unless told otherwise."""
+    defaults = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "no", "max_steps": 4}
     arguments = TrainingArguments(
         str(folder),
-        max_steps=4,
         per_device_train_batch_size=4 // PROCESSES,
         lr_scheduler_type="constant",
         logging_steps=1,
@@ -89,7 +88,8 @@ def results(trainer: Trainer) -> dict:
 
 def balanced(dtype: torch.dtype, folder: Path, **options) -> dict:
     """With what a fine-tuning has: checkpointing, accumulated batches, balanced experts."""
-    callback, accumulated = LoadBalancingCallback(0.1), {"gradient_accumulation_steps": 2}
+    callback = LoadBalancingCallback(0.1)
+    accumulated = {"gradient_accumulation_steps": 2, "max_steps": 3}
     more = {"gradient_checkpointing": True, "callbacks": [callback]} | accumulated
     trainer = train(build(CONFIG).to(dtype), folder, **more | options)
     vio = torch.tensor(logged(trainer, "moe/max_vio"))
@@ -108,7 +108,8 @@ def check_gates(model: nn.Module, folder: Path) -> None:
 
     stored = [whole_state(model)[f"model.layers.0.self_attn.forget_gate.{x}"] for x in GATES]
     with mock.patch.object(kda_module, "fused_kda", spy):
-        trainer = train(model, folder, fsdp=FSDP, gates=True, bf16=True, max_grad_norm=0)
+        options = {"bf16": True, "max_grad_norm": 0, "max_steps": 1}
+        trainer = train(model, folder, fsdp=FSDP, gates=True, **options)
     for x, want in zip(seen[0], stored, strict=True):
         assert x.dtype == torch.float32 and torch.equal(x, want.flatten())
     assert all(x.dtype == torch.float32 for x in whole_state(trainer.model).values())
@@ -133,11 +134,15 @@ def check_bf16_weights(folder: Path) -> None:
 
 
 def check_lora(folder: Path) -> None:
-    """Adapters of layers and experts are trained, nothing else is, and they are saved."""
+    """Adapters of layers and experts are trained, nothing else is, and they are saved.
+
+    Of two factors one begins as zeros, so the other is trained from the second step on.
+    """
     tuned = get_peft_model(build(CONFIG), lora_config(4, experts=True))
     tuned.enable_input_require_grads()
     before = {name: x.clone() for name, x in tuned.state_dict().items()}
     options = {"fsdp": FSDP, "gates": True, "bf16": True, "gradient_checkpointing": True}
+    options["max_steps"] = 2
     trainer = train(tuned, folder / "lora", **options)
     after = whole_state(tuned)
     for name, x in after.items():
