@@ -3,11 +3,16 @@ import os
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+PRIVATE = "_patch_lang", "_get_np_dtype"  # of Triton 3.7; without them the tests are slower
+
+
+def make_interpreter_faster():
+    """Two functions would take most of its time, so they do their work once."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    # two functions that would take most of the interpreter's time, so that they do it once
+    if not all(hasattr(interpreter, name) for name in PRIVATE):
+        return
     patch_lang, get_np_dtype, np_dtypes = interpreter._patch_lang, interpreter._get_np_dtype, {}
 
     def patch_once(fn):
@@ -23,6 +28,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return np_dtypes[name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, np_dtype_of
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    make_interpreter_faster()
 
 
 @pytest.fixture(autouse=True)

@@ -223,20 +223,24 @@ def make_shared(F, dtype=torch.float32, D=24):
     return [(torch.randn(*s, device=DEVICE) * s[1] ** -0.5).to(dtype) for s in shapes]
 
 
+def check_shared(args, shared, dtype=torch.float32, w_norm=None):
+    found = []
+    for name, cast in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        *floats, index, weights = (t.to(cast) if t.is_floating_point() else t for t in args)
+        norm = None if w_norm is None else (w_norm.to(cast), 1e-5)
+        with backend(name):
+            found.append(expert_mlp(*floats, index, weights, [w.to(cast) for w in shared], norm))
+    assert_as_good_as("y", *found, dtype)
+
+
 @each_dtype
 @pytest.mark.parametrize("F_s", [8, 24, 5])
 @pytest.mark.parametrize("T, k", [(1, 8), (3, 2), (40, 4)])
 @pytest.mark.parametrize("normed", [False, True], ids=["", "norm"])
 def test_shared_expert(T, k, F_s, dtype, normed, decoded):
     """In the launches of the others where few tokens have one or several of their width."""
-    args, shared, found = make(T, 9, D=8, k=k, dtype=dtype), make_shared(F_s, dtype, D=8), []
-    w_norm = torch.randn(8, device=DEVICE).to(dtype)
-    for name, cast in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
-        *floats, index, weights = (t.to(cast) if t.is_floating_point() else t for t in args)
-        norm = (w_norm.to(cast), 1e-5) if normed else None
-        with backend(name):
-            found.append(expert_mlp(*floats, index, weights, [w.to(cast) for w in shared], norm))
-    assert_as_good_as("y", *found, dtype)
+    w_norm = torch.randn(8, device=DEVICE).to(dtype) if normed else None
+    check_shared(make(T, 9, D=8, k=k, dtype=dtype), make_shared(F_s, dtype, D=8), dtype, w_norm)
     assert bool(decoded) == (T * k <= 64 and F_s % 8 == 0)
 
 
@@ -254,6 +258,14 @@ def test_shared_expert_alone(T, F, F_s, dtype, decoded):
             found.append(expert_mlp(x, gate_up, down, index, index.to(cast), ws, (w_norm, 1e-5)))
     assert_as_good_as("y", *found, dtype)
     assert bool(decoded) == (T <= 64)
+
+
+def test_a_shared_expert_wider_than_what_is_read_ahead(decoded, monkeypatch):
+    """The released one is not."""
+    monkeypatch.setattr(decode_triton, "HIDDEN_TILE", (1, 2))
+    D = 2 * (decode_triton.AHEAD.value + 2)
+    check_shared(make(2, 3, D=D), make_shared(8, D=D))
+    assert decoded
 
 
 def test_gradients_of_a_shared_expert():
