@@ -263,7 +263,7 @@ def test_shared_expert_alone(T, F, F_s, dtype, decoded):
 def test_a_shared_expert_wider_than_what_is_read_ahead(decoded, monkeypatch):
     """The released one is not."""
     monkeypatch.setattr(decode_triton, "HIDDEN_TILE", (1, 2))
-    D = 2 * (decode_triton.AHEAD.value + 2)
+    D = 2 * (decode_triton.SHARED_AHEAD.value + 2)
     check_shared(make(2, 3, D=D), make_shared(8, D=D))
     assert decoded
 

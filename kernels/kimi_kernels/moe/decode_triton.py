@@ -18,7 +18,7 @@ DECODE_SLOTS = 64
 # rows and columns of weights per step of a program, 16 bytes per thread and row
 HIDDEN_TILE, SUM_TILE = (1, 256), (2, 512)
 # steps that a program of the shared expert reads before the choice is there: 80 registers
-AHEAD = tl.constexpr(10)
+SHARED_AHEAD = tl.constexpr(10)
 
 
 @triton.jit
@@ -33,17 +33,17 @@ def load_weights(gate, up, at, d, m_f, o_d, D: tl.constexpr):
 def hidden_features(
     x, norm, eps, gate, up, h, i_f,
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
-    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BF features of h [F] = SiLU(gate x) up x; with a norm [D], of x / RMS(x) norm.
 
-    EARLY steps of the weights are read before x is there.
+    AHEAD steps of the weights are read before x is there.
     """
     o_f, o_d = i_f * BF + tl.arange(0, BF), tl.arange(0, BD)
     m_f, at = (o_f < F)[:, None], o_f.to(tl.int64)[:, None] * D + o_d[None, :]
     b_gate, b_up = tl.zeros([BF, BD], tl.float32), tl.zeros([BF, BD], tl.float32)
     squares, early = tl.zeros([BD], tl.float32), ()
-    for d in tl.static_range(0, min(D, EARLY * BD), BD):
+    for d in tl.static_range(0, min(D, AHEAD * BD), BD):
         early += (load_weights(gate, up, at, d, m_f, o_d, D),)
     wait_for_inputs(OVERLAP)
     for d in tl.static_range(0, D, BD):
@@ -53,7 +53,7 @@ def hidden_features(
             squares += b_x * b_x
             b_x *= tl.load(norm + d + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_x = b_x[None, :]
-        if d < EARLY * BD:
+        if d < AHEAD * BD:
             b_g, b_u = early[d // BD]
         else:
             b_g, b_u = load_weights(gate, up, at, d, m_f, o_d, D)
@@ -86,7 +86,7 @@ def decode_hidden_kernel(
             h += (i_t * (TOP_K + SHARED) + TOP_K + j) * F
             gate += j * (F * D)
             up += j * (F * D)
-            hidden_features(x, norm, eps, gate, up, h, i_f, D, F, BF, BD, AHEAD, OVERLAP)
+            hidden_features(x, norm, eps, gate, up, h, i_f, D, F, BF, BD, SHARED_AHEAD, OVERLAP)
     if slot >= shared:
         wait_for_inputs(OVERLAP)
         slot -= shared
