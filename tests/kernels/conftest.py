@@ -34,6 +34,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     make_interpreter_faster()
 
 
+# `torch.device` as a context learns torch's constructors at its first use: were one patched then,
+# models "on meta" would be on the CPU for the rest of the process
+with torch.device("meta"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
     """Fill torch.empty* with NaN, so a kernel that leaves an output unwritten cannot pass."""
