@@ -1,7 +1,11 @@
 """The one numerical rule of the test-suite, and what the kernels are tested on."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from kimi_kernels.dispatch import overlapping
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = [torch.float32, torch.float16]
@@ -36,3 +40,22 @@ def assert_as_good_as(
     assert torch.isfinite(got).all(), f"{name}: not finite"
     err, limit = rel_err(got, gold), max(2 * rel_err(ref, gold), FLOOR[dtype or got.dtype])
     assert err <= limit, f"{name}: error {err:.2e} > {limit:.2e}"
+
+
+def check_early_launches(
+    chain: Callable[[Tensor], Tensor], x: Tensor, before: Callable[[], object] | None = None
+) -> None:
+    """The kernels of `chain` give the same bits when each begins early, also in a CUDA graph.
+
+    `before` each of twenty replays.
+    """
+    want, graph = chain(x), torch.cuda.CUDAGraph()
+    with overlapping():
+        assert torch.equal(chain(x), want)
+        with torch.cuda.graph(graph):
+            got = chain(x)
+    for _ in range(20):
+        if before is not None:
+            before()
+        graph.replay()
+        assert torch.equal(got, want)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from kimi_kernels import backend, fused_linears, quantize_latents, rms_norm, store_latents
-from kimi_kernels.dispatch import overlapping
 from kimi_kernels.latents import FP8, LARGEST, LEAST, QuantizedLatents
-from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
+from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, check_early_launches
 
 BITS = torch.uint8
 
@@ -198,12 +197,4 @@ def test_a_chain_of_launches_that_begin_early():
             (y,) = fused_linears([into[0, 5:6, :D]], [w_up], residual=y)
         return y
 
-    want, graph = chain(x), torch.cuda.CUDAGraph()
-    with overlapping():
-        assert torch.equal(chain(x), want)
-        with torch.cuda.graph(graph):
-            got = chain(x)
-    for _ in range(20):
-        buffers.zero_()
-        graph.replay()
-        assert torch.equal(got, want)
+    check_early_launches(chain, x, buffers.zero_)

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from kimi_kernels import backend, fused_linears, linears_triton, rms_norm
-from kimi_kernels.dispatch import overlapping
 from kimi_kernels.linears import MOST_ROWS
-from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
+from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, check_early_launches
 
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
@@ -185,11 +184,4 @@ def test_a_chain_of_launches_that_begin_early(D, F):
             (y,) = fused_linears([h], [w_down], residual=y)
         return y
 
-    want, graph = chain(x), torch.cuda.CUDAGraph()
-    with overlapping():
-        assert torch.equal(chain(x), want)
-        with torch.cuda.graph(graph):
-            got = chain(x)
-    for _ in range(20):
-        graph.replay()
-        assert torch.equal(got, want)
+    check_early_launches(chain, x)

@@ -68,7 +68,7 @@ def test_released_number_of_experts(dtype):
 @each_dtype
 @pytest.mark.parametrize("D, F", [(1, 1), (16, 32), (65, 3), (130, 129), (7, 70)])
 def test_sizes(D, F, dtype):
-    check(make(20 if D > 1 else 100, 3, D, F, dtype=dtype))  # 20 numbers are no sample
+    check(make(20 if D > 1 else 400, 3, D, F, dtype=dtype))  # 20 numbers are no sample
 
 
 @pytest.mark.parametrize("name", INDEXES)
@@ -198,11 +198,8 @@ def test_decode(T, E, k, D, dtype, decoded):
     assert len(decoded) == 1
 
 
-LARGE = [pytest.param(*sizes, marks=pytest.mark.gpu) for sizes in ((3, 300, 70), (1, 20, 1100))]
-
-
 @each_dtype
-@pytest.mark.parametrize("T, D, F", [(3, 1, 1), (3, 3, 9), (1, 300, 5), (2, 20, 24), *LARGE])
+@pytest.mark.parametrize("T, D, F", [(3, 1, 1), (3, 3, 9), (3, 300, 70), (1, 20, 1100)])
 def test_decode_sizes(T, D, F, dtype, decoded):
     check(make(T, 5, D, F, dtype=dtype), gradients=False)
     assert decoded
