@@ -186,10 +186,13 @@ def takes(c: Rows, k_r: Rows) -> bool:
     )
 
 
-def pick_tiles(queries: int, R: int, P: int) -> dict[str, int]:
-    """Tiles for so many queries per sequence: two of 64 latents, 64 queries where they fit."""
+def pick_tiles(queries: int, R: int, P: int) -> tuple[dict[str, int], int]:
+    """For so many queries per sequence: tiles, and programs that a multiprocessor has room for.
+
+    Two tiles of 64 latents, and 64 queries where they fit with them.
+    """
     BM = 16 if queries <= 16 else 32 if queries <= 32 or R + P > 576 else 64
-    return {"BM": BM, "BN": 64, "num_warps": 8 if BM == 64 and R > 64 else 4}
+    return {"BM": BM, "BN": 64, "num_warps": 8 if BM == 64 and R > 64 else 4}, 1
 
 
 @functools.cache

@@ -325,7 +325,8 @@ def latent_decode_fwd(
     form = mla_decode_gluon if factors is None else mla_fp8_gluon
     gluon = form.takes(c, k_r)
     if gluon:
-        size = form.pick_tiles(T * H, R, P_r)
+        size, resident = form.pick_tiles(T * H, R, P_r)
+        processors *= resident
     else:
         size = pick_tiles(T * H, R, P_r, q.element_size(), shared)
     BM, BN = size["BM"], size["BN"]

@@ -1,17 +1,24 @@
 """`latent_decode_gluon` of mla_decode_gluon.py for latents in fp8 (latents.py), for Hopper too.
 
-A tile of bytes is copied and stays as it is. Both products take it as their left operand from
-registers, as fp16, in which every e4m3 is exact: two of them in one instruction.
+A multiprocessor has two programs of four warps, or one of eight: while one waits or makes weights,
+products of the other run. A tile of bytes is copied and stays as it is.
 
-    scores [BN, BM] = a c8 q_c^T + k_r q_r^T    a group of four warps has 64 latents
-    output [R, BM] += c8^T (a p)                on top of each other, each with all BM queries
+    scores [2 BM, BN] = q_c c8^T        of e4m3 in shared memory; q_c is a sum of two of them
+    output [R, BM] += c8^T (a p)        takes c8 from registers, as fp16, in which it is exact
+
+q_c is first multiplied by a power of two, each query by its own: its largest number is about 2^7.
+Its parts are the first four bits and the four behind them, times 16. In the rows of the product
+they lie 8 apart, so that one thread has both and adds them, and a query's scores are in four lanes
+of one warp: the maximum needs no exchange between warps. Eight bits are all of bf16, three less
+than fp16.
 
 For the copy engine and for the loads into registers two neighbouring bytes are one number of 16
-bits. Of a pair of pairs, which is what a thread has in a register, the scores take first one pair
-and then the other: q_c lies in shared memory in that order of channels (`channel`). In the output
-the pairs are of one channel pair and two latents: even and odd channels are two sums.
+bits. In the output the pairs are of one channel pair and two latents: even and odd channels are two
+sums.
 
-q_c is in fp16 as well, each query times a power of two so that its largest number is about 2^13.
+Weights are 2^(s - x) in fp16. x is 7 below the maximum when it is set, and set again when the
+maximum is more than 15 above it: sums are seldom rescaled, and a weight is lost only 2^31 below the
+largest.
 """
 
 from typing import Any
@@ -23,6 +30,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -31,7 +39,6 @@ from kimi_kernels.dispatch import capability
 from kimi_kernels.mla_decode_gluon import (
     can_be_copied,
     cols,
-    copy_tile,
     describe_tiles,
     later,
     rows,
@@ -39,18 +46,6 @@ from kimi_kernels.mla_decode_gluon import (
 from kimi_kernels.mla_decode_triton import LOW, Rows, count_visible, find_run, load_scales
 from kimi_kernels.overlap import wait_for_inputs
 from kimi_kernels.triton_math import RCP_LN2, ex2, lg2
-
-
-@gluon.jit
-def pair_by_pair(x):
-    """Two numbers of 16 bits, each two e4m3 -> the fp16 of the first, and those of the second."""
-    return gl.inline_asm_elementwise(
-        """{ .reg .b16 a, b;
-        mov.b32 {a, b}, $2;
-        cvt.rn.f16x2.e4m3x2 $0, a;
-        cvt.rn.f16x2.e4m3x2 $1, b; }""",
-        "=r,=r,r", [x], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -66,6 +61,39 @@ def even_and_odd(x):
     )  # fmt: skip
 
 
+@gluon.jit
+def copy_part(tiles, i_b, i, x, bar, wanted):
+    """Where `wanted`, start to copy tile i of sequence i_b to x."""
+    x = x._reinterpret(x.dtype, tiles.block_shape, tiles.layout)
+    mbarrier.expect(bar, tiles.block_type.nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(tiles, [i_b, i * tiles.block_shape[1], 0], bar, x, pred=wanted)
+
+
+@gluon.jit
+def store_scales(b_f, f_0, f_1, f_2):
+    """a, log2 a and 1 / a of a tile's latents, for the threads that have its scores."""
+    f_0.store(b_f)
+    f_1.store(lg2(b_f))
+    f_2.store(1 / b_f)
+
+
+@gluon.jit
+def upper_and_lower(x):
+    """[2 M, N] -> of every 16 rows the first 8 and the last 8, each [M, N]."""
+    M: gl.constexpr = x.shape[0] // 2
+    N: gl.constexpr = x.shape[1]
+    a, b = gl.split(x.reshape((M // 8, 2, 8, N)).permute((0, 2, 3, 1)))
+    return a.reshape((M, N)), b.reshape((M, N))
+
+
+@gluon.jit
+def both_halves(a, b):
+    """The inverse of `upper_and_lower`."""
+    M: gl.constexpr = a.shape[0]
+    N: gl.constexpr = a.shape[1]
+    return gl.join(a, b).reshape((M // 8, 8, N, 2)).permute((0, 3, 1, 2)).reshape((2 * M, N))
+
+
 @gluon.jit(do_not_specialize=["B", "T", "S", "P", "rows_f"])
 def latent_fp8_gluon(
     q_c, q, c_tiles, r_tiles, factors, positions, o, part, weight, runs,
@@ -76,29 +104,41 @@ def latent_fp8_gluon(
     """As `latent_decode_kernel`; c_tiles, in pairs of channels, and r_tiles describe the parts."""
     W: gl.constexpr = gl.num_warps()
     DT: gl.constexpr = q_c.dtype.element_ty
-    G: gl.constexpr = BN // 64  # groups of four warps, one below the other
-    N: gl.constexpr = BM // (W // 4 // G)
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * G, W // 4 // G], [16, N, 16])
+    F8: gl.constexpr = gl.float8e4nv
+    J: gl.constexpr = 4 * W  # latents per step of the output: 16 registers
+    PRODUCT8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BN, 32])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BN, 16])
+    SCORES: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        [[8, 0], [16, 0]] if W == 4 else [[8, 0], [16, 0], [32, 0]], [], [BM, BN],
+    )  # fmt: skip
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BM, 16])
-    S_A: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    R_A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
     O_A: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    S_N: gl.constexpr = gl.SliceLayout(1, SCORES)
-    S_M: gl.constexpr = gl.SliceLayout(0, SCORES)
+    S_N: gl.constexpr = gl.SliceLayout(0, SCORES)
+    S_M: gl.constexpr = gl.SliceLayout(1, SCORES)
     O_M: gl.constexpr = gl.SliceLayout(0, OUTPUT)
-    LOAD_C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [W, 1], [1, 0])
-    LOAD_R: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [W, 1], [1, 0])
+    LOAD_F: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
     C_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, R // 2], gl.int16)
+    C8_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, R], F8)
     R_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, L - R], DT)
-    Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, R], gl.float16)
-    P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], gl.float16)
+    Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BM, R], F8)
+    P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], gl.float16)
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     c_s = gl.allocate_shared_memory(gl.int16, [2, BN, R // 2], C_TILE)
-    r_s = gl.allocate_shared_memory(DT, [2, BN, L - R], R_TILE)
-    qc_s = gl.allocate_shared_memory(gl.float16, [1, BM, R], Q_TILE)
-    qr_s = gl.allocate_shared_memory(DT, [BM, L - R], R_TILE)
-    p_s = gl.allocate_shared_memory(gl.float16, [BN, BM], P_TILE)
+    r_s = gl.allocate_shared_memory(DT, [BN, L - R], R_TILE)
+    q_s = gl.allocate_shared_memory(F8, [2 * BM, R], Q_TILE)
+    p_s = gl.allocate_shared_memory(gl.float16, [BM, BN], P_TILE)
+    d_s = gl.allocate_shared_memory(gl.float32, [BM], LINE)
+    f_0 = gl.allocate_shared_memory(gl.float32, [BN], LINE)
+    f_1 = gl.allocate_shared_memory(gl.float32, [BN], LINE)
+    f_2 = gl.allocate_shared_memory(gl.float32, [BN], LINE)
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    r_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for k in gl.static_range(2):
         mbarrier.init(bars.index(k), count=1)
+    mbarrier.init(r_bar, count=1)
     fence_async_shared()
 
     blocks = (T * H + BM - 1) // BM
@@ -106,92 +146,104 @@ def latent_fp8_gluon(
     # every warp has all of the sequences: no exchange through shared memory
     o_b = gl.arange(0, BB, gl.BlockedLayout([(BB + 31) // 32], [32], [W], [0]))
     lo, hi, i_b, start, share = find_run(positions, o_b, i_p, i_m, B, T, S, P, H, BM, BN)
-    o_n = gl.arange(0, BN, S_N)
+    o_f, o_n = gl.arange(0, BN, LOAD_F), gl.arange(0, BN, S_N)[None, :]
     count = 0  # tiles used so far
     while lo < hi:
         n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
         end = start + (n + BN - 1) // BN
         stop = gl.minimum(end, hi)
+        copy_part(r_tiles, i_b, lo - start, r_s, r_bar, True)
         for k in gl.static_range(2):
-            i, wanted = lo - start + k, lo + k < stop
-            copy_tile(c_tiles, r_tiles, i_b, i, c_s, r_s, bars, count + k, wanted)
+            at = (count + k) % 2
+            copy_part(c_tiles, i_b, lo - start + k, c_s.index(at), bars.index(at), lo + k < stop)
         wait_for_inputs(OVERLAP)  # as in mla_decode_gluon.py
         token, o_q = i_b.to(gl.int64) * T, later(i_m) * BM
-        s_m = o_q + cols(BM, SCORES)
+        s_m = o_q + gl.arange(0, BM, S_M)
         if positions is None:
             last = S - T + s_m // H
         else:
             last = gl.load(positions + token + s_m // H, mask=s_m < T * H, other=-1)
             last = gl.maximum(gl.minimum(last, S - 1), -1).to(gl.int32)
         last = gl.where(s_m < T * H, last, -1)
-        i_q = o_q + rows(BM, LOAD_R)
+        seen = gl.min(gl.where(s_m < T * H, last, S), 0)  # by all queries
+        o_2 = rows(2 * BM, R_A)
+        i_q = o_q + o_2 // 16 * 8 + o_2 % 8
         p_q = q + ((token + i_q // H) * H + i_q % H) * D + (D - (L - R))
-        qr_s.store(gl.load(p_q + cols(L - R, LOAD_R), mask=i_q < T * H, other=0.0))
-        i_q = o_q + rows(BM, LOAD_C)
+        q_r = gl.load(p_q + cols(L - R, R_A), mask=(i_q < T * H) & (o_2 % 16 < 8), other=0.0)
+        i_q = o_q + rows(BM, LOAD)
         p_q = q_c + ((i_q % H).to(gl.int64) * B * T + token + i_q // H) * R
-        b_q = gl.load(p_q + cols(R, LOAD_C), mask=i_q < T * H, other=0.0).to(gl.float32)
+        b_q = gl.load(p_q + cols(R, LOAD), mask=i_q < T * H, other=0.0).to(gl.float32)
         b_e = gl.max(gl.abs(b_q), 1).to(gl.int32, bitcast=True) >> 23  # [BM], with its bias of 127
         b_e = gl.maximum(b_e, 14)
-        b_g = ((267 - b_e) << 23).to(gl.float32, bitcast=True)
-        b_q = (b_q * b_g[:, None]).to(gl.float16).reshape((BM, R // 128, 32, 2, 2))
-        qc_s.index(0).store(b_q.permute((0, 1, 3, 2, 4)).reshape((BM, R)))
-        b_g = ((b_e - 13) << 23).to(gl.float32, bitcast=True) * (scale * RCP_LN2)
+        b_q = b_q * ((261 - b_e) << 23).to(gl.float32, bitcast=True)[:, None]  # below 2^8
+        # rounded to four bits here: read back from e4m3, it is compiled wrong (CONTRIBUTING.md)
+        b_h = (b_q.to(gl.int32, bitcast=True) + 0x80000) & -0x100000
+        b_h = b_h.to(gl.float32, bitcast=True)
+        q_s.store(both_halves(b_h.to(F8), ((b_q - b_h) * 16).to(F8)))
+        b_g = ((b_e - 7) << 23).to(gl.float32, bitcast=True) * (scale * RCP_LN2)
         b_g = gl.convert_layout(b_g, S_M)
+        p_f, i_n = factors + i_b.to(gl.int64) * rows_f, (lo - start) * BN + o_f
+        b_f = load_scales(p_f + i_n, i_n < n)
+        store_scales(b_f, f_0, f_1, f_2)
         fence_async_shared()
         b_0 = gl.zeros([R // 2, BM], gl.float32, OUTPUT)  # even channels
         b_1 = b_0  # odd channels
-        b_m, b_w = gl.full([BM], LOW, gl.float32, S_M), gl.zeros([BN, BM], gl.float32, SCORES)
-        p_f, i_n = factors + i_b.to(gl.int64) * rows_f, (lo - start) * BN + o_n
-        b_f = load_scales(p_f + i_n, i_n < n)
+        b_m, b_z = gl.full([BM], LOW, gl.float32, S_M), gl.zeros([BM], gl.float32, S_M)
         for i in range(lo - start, stop - start):
-            i_n = (i + 1) * BN + o_n
-            b_next = load_scales(p_f + i_n, i_n < n)
-            c, r = c_s.index(count % 2), r_s.index(count % 2)
+            i_n = (i + 1) * BN + o_f
+            b_f = load_scales(p_f + i_n, i_n < n)
+            c = c_s.index(count % 2)
             mbarrier.wait(bars.index(count % 2), (count // 2) & 1)
-            b_s = gl.zeros([BN, BM], gl.float32, SCORES)
-            b_r = warpgroup_mma(r, qr_s.permute((1, 0)), b_s, use_acc=False, is_async=True)
-            q_s = qc_s.index(later(0))
-            for j in gl.static_range(R // 128):
-                x_0, x_1 = pair_by_pair(c.slice(64 * j, 64, dim=1).load(S_A))
-                q_0 = q_s.slice(128 * j, 64, dim=1).permute((1, 0))
-                q_1 = q_s.slice(128 * j + 64, 64, dim=1).permute((1, 0))
-                b_s = warpgroup_mma(x_0, q_0, b_s, use_acc=j > 0, is_async=True)
-                b_s = warpgroup_mma(x_1, q_1, b_s, is_async=True)
-                b_s = warpgroup_mma_wait(2, deps=[b_s])
-            b_s, b_r = warpgroup_mma_wait(0, deps=[b_s, b_r])
-            b_s = b_s * b_f[:, None] * b_g[None, :] + b_r * (scale * RCP_LN2) + lg2(b_f)[:, None]
-            b_s = gl.where(i * BN + rows(BN, SCORES) <= last, b_s, -float("inf"))
-            b_x = gl.maximum(b_m, gl.max(b_s, 0))
-            b_p, b_d = ex2(b_s - b_x[None, :]), ex2(b_m - b_x)
-            b_w = b_w * b_d[None, :] + b_p * (1 / b_f)[:, None]  # summed at the end
+            c8 = c._reinterpret(F8, [BN, R], C8_TILE)
+            b_c = gl.zeros([2 * BM, BN], gl.float32, PRODUCT8)
+            b_c = warpgroup_mma(q_s, c8.permute((1, 0)), b_c, use_acc=False, is_async=True)
+            b_c = warpgroup_mma_wait(0, deps=[b_c])
+            mbarrier.wait(r_bar, count & 1)
+            b_r = gl.zeros([2 * BM, BN], gl.float32, PRODUCT)
+            b_r = warpgroup_mma(q_r, r_s.permute((1, 0)), b_r, use_acc=False, is_async=True)
+            b_s, b_l = upper_and_lower(b_c)
+            b_s = gl.convert_layout(b_s + b_l * 0.0625, SCORES, assert_trivial=True)
+            b_s *= f_0.load(S_N)[None, :]
+            b_s = b_s * b_g[:, None] + f_1.load(S_N)[None, :]
+            b_r = warpgroup_mma_wait(0, deps=[b_r])
+            b_r, _ = upper_and_lower(b_r)
+            b_s += gl.convert_layout(b_r, SCORES, assert_trivial=True) * (scale * RCP_LN2)
+            if (i + 1) * BN - 1 > seen:
+                b_s = gl.where(i * BN + o_n <= last[:, None], b_s, -float("inf"))
+            b_x = gl.max(b_s, 1)
+            b_x = gl.where(b_x > b_m + 15, b_x - 7, b_m)
+            b_p, b_d = ex2(b_s - b_x[:, None]), ex2(b_m - b_x)
             p_s.store(b_p.to(gl.float16))
+            d_s.store(b_d)
+            b_p *= f_2.load(S_N)[None, :]
+            b_z = b_z * b_d + gl.sum(b_p, 1)
             fence_async_shared()
-            b_d = gl.convert_layout(b_d, O_M)[None, :]
-            b_0, b_1 = b_0 * b_d, b_1 * b_d
-            for j in gl.static_range(BN // 32):
-                x_0, x_1 = even_and_odd(c.slice(32 * j, 32).permute((1, 0)).load(O_A))
-                p = p_s.slice(32 * j, 32)
+            b_d = d_s.load(O_M)
+            store_scales(b_f, f_0, f_1, f_2)
+            copy_part(r_tiles, i_b, i + 1, r_s, r_bar, i + 1 < stop - start)
+            if gl.min(b_d, 0) < 1:
+                b_0, b_1 = b_0 * b_d[None, :], b_1 * b_d[None, :]
+            for j in gl.static_range(BN // J):
+                x_0, x_1 = even_and_odd(c.slice(J * j, J).permute((1, 0)).load(O_A))
+                p = p_s.slice(J * j, J, dim=1).permute((1, 0))
                 b_0 = warpgroup_mma(x_0, p, b_0, is_async=True)
                 b_1 = warpgroup_mma(x_1, p, b_1, is_async=True)
-                b_0, b_1 = warpgroup_mma_wait(2, deps=[b_0, b_1])
-            b_0, b_1 = warpgroup_mma_wait(0, deps=[b_0, b_1])
-            wanted = i + 2 < stop - start
-            copy_tile(c_tiles, r_tiles, i_b, i + 2, c_s, r_s, bars, count, wanted)
-            b_m, b_f, count = b_x, b_next, count + 1
-        b_z = gl.sum(b_w, 0)
-        o_q = later(i_m) * BM
-        s_m, i_q, o_r = o_q + cols(BM, SCORES), o_q + cols(BM, OUTPUT), 2 * rows(R // 2, OUTPUT)
+                b_0, b_1 = warpgroup_mma_wait(0, deps=[b_0, b_1])
+            copy_part(c_tiles, i_b, i + 2, c, bars.index(count % 2), i + 2 < stop - start)
+            b_m, count = b_x, count + 1
+        s_m, o_r = later(i_m) * BM + gl.arange(0, BM, S_M), 2 * rows(R // 2, OUTPUT)
+        i_q = later(i_m) * BM + cols(BM, OUTPUT)
         if (lo == start) & (stop == end):
-            b_d = gl.convert_layout(1 / gl.where(b_z > 0, b_z, 1.0), O_M)[None, :]
+            b_d = gl.convert_layout(1 / gl.where(b_z > 0, b_z, 1.0), O_M)
             p_o = o + ((i_q % H).to(gl.int64) * B * T + token + i_q // H) * R + o_r
-            gl.store(p_o, (b_0 * b_d).to(DT), mask=i_q < T * H)
-            gl.store(p_o + 1, (b_1 * b_d).to(DT), mask=i_q < T * H)
+            gl.store(p_o, (b_0 * b_d[None, :]).to(DT), mask=i_q < T * H)
+            gl.store(p_o + 1, (b_1 * b_d[None, :]).to(DT), mask=i_q < T * H)
         else:
             slot = (i_p + i_b).to(gl.int64) * T * H
             gl.store(part + (slot + i_q) * R + o_r, b_0, mask=i_q < T * H)
             gl.store(part + (slot + i_q) * R + o_r + 1, b_1, mask=i_q < T * H)
-            gl.store(weight + (slot + s_m) * 2, b_m[None, :], mask=s_m < T * H)
-            gl.store(weight + (slot + s_m) * 2 + 1, b_z[None, :], mask=s_m < T * H)
+            gl.store(weight + (slot + s_m) * 2, b_m, mask=s_m < T * H)
+            gl.store(weight + (slot + s_m) * 2 + 1, b_z, mask=s_m < T * H)
         if lo == start:
             p_runs = runs + (i_b.to(gl.int64) * blocks + i_m) * 2
             gl.store(p_runs, i_p + i_b)
@@ -212,10 +264,10 @@ def takes(c: Rows, k_r: Rows) -> bool:
     )
 
 
-def pick_tiles(queries: int, R: int, P: int) -> dict[str, int]:
-    """Tiles for so many queries per sequence: two of 128 latents, where they fit with them."""
-    BM = 16 if queries <= 16 else 32 if queries <= 32 or P > 64 else 64
-    return {"BM": BM, "BN": 128 if BM < 64 and P <= 64 else 64, "num_warps": 8}
+def pick_tiles(queries: int, R: int, P: int) -> tuple[dict[str, int], int]:
+    """For so many queries per sequence: tiles, and programs that a multiprocessor has room for."""
+    BM = 32 if queries <= 32 else 64
+    return {"BM": BM, "BN": 64, "num_warps": BM // 8}, 2 if BM == 32 and R + P <= 576 else 1
 
 
 def launch(
