@@ -169,7 +169,8 @@ def tables(root: Path) -> str:
         text += f"\nOn {gpu}, {limit:.0f} GB, peak GB and seconds of a step, by tokens:\n\n"
         text += "".join(f"| {' | '.join(cells)} |\n" for cells in table)
         text += (
-            f"\n`-` does not fit. torch {row['torch']}; measured {row['date']} at {row['git']}.\n"
+            f"\n`-` does not fit, empty is not measured. torch {row['torch']}; measured "
+            f"{row['date']} at {row['git']}.\n"
         )
     return text
 

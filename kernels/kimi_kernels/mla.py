@@ -205,7 +205,8 @@ def latent_attention(
         q: queries, `[B, T, H, D_n + P]`; bf16, fp16, fp32 or fp64.
         latent: `[B, S, R + P]`: normalised c, then k_r. Same dtype. A slice `cache[:, :S]` is not
             copied. What no query sees counts for nothing, but must be finite. Or latents in fp8 as
-            `quantize_latents` makes them: the same as their `dequantize()`, without a gradient.
+            `quantize_latents` makes them: the same as their `dequantize()`, without a gradient; to
+            Hopper's kernel a query is 8 bits then, in fp16 as in bf16.
         w_kv: `kv_b_proj.weight`, `[H * (D_n + D_v), R]`, per head D_n key rows, then D_v value
         rows.
         scale: of the scores; the model uses `(D_n + P) ** -0.5`.
