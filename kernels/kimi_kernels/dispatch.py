@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,22 @@ def capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda" or torch.version.cuda is None:  # ROCm has numbers of its own
         return 0, 0
     return torch.cuda.get_device_capability(device)
+
+
+class Limits(NamedTuple):
+    processors: int  # multiprocessors
+    shared: int  # bytes of shared memory for one program
+
+
+@functools.cache
+def device_limits(device: torch.device) -> Limits:
+    """Those of a GPU; of Hopper for what has none, the interpreter and a compilation."""
+    if device.type != "cuda":
+        return Limits(132, 227 * 1024)
+    import triton
+
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return Limits(found["multiprocessor_count"], found["max_shared_mem"])
 
 
 _overlapping = ContextVar("overlapping", default=False)

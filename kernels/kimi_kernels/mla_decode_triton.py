@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels import latents
+from kimi_kernels.dispatch import device_limits
 from kimi_kernels.latents import QuantizedLatents
 from kimi_kernels.latents_triton import from_e4m3
 from kimi_kernels.linears import MOST_ROWS
@@ -227,15 +228,6 @@ def latent_combine_kernel(
 
 
 # ---- launchers ---------------------------------------------------------------------------------
-
-
-@functools.cache
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory for one program."""
-    if device.type != "cuda":
-        return 132, 227 * 1024
-    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return found["multiprocessor_count"], found["max_shared_mem"]
 
 
 @functools.cache

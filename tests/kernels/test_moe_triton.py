@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kimi_kernels import backend, expert_mlp
+from kimi_kernels.dispatch import Limits
 from kimi_kernels.moe import decode_triton, experts_bwd_triton, experts_triton, grouped_gemm
 from kimi_kernels.moe.autograd import expert_mlp_backward_op, expert_mlp_op
 from kimi_kernels.moe.experts_triton import expert_mlp_fwd
@@ -168,7 +169,7 @@ def test_row_tiles(monkeypatch):
     assert tile(65536, 256, torch.bfloat16) == Tile(128, 256, 64, 8, 3)
     assert tile(65536, 256, torch.float32).BM == 64
     assert tile(1 << 40, 1, torch.float16).BM == 128
-    monkeypatch.setattr(grouped_gemm, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(grouped_gemm, "device_limits", lambda device: Limits(132, 99 * 1024))
     assert tile(65536, 256, torch.bfloat16) == Tile(128, 128, 64, 4, 3)
     assert tile(8, 256, torch.bfloat16).BM == 16
 

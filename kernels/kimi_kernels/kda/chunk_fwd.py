@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.dispatch import device_limits
 from kimi_kernels.kda import intra_gluon
 from kimi_kernels.kda.chunk_kernels import kda_inter_kernel, kda_intra_kernel
 from kimi_kernels.kda.gate_triton import GATE_BOUNDED, gate_mode
@@ -217,7 +218,7 @@ def count_parts(x: Chunks, chunks: int) -> int:
     if x.device.type != "cuda" or x.cu_seqlens is not None:
         return 1
     programs = x.sizes["HV"] * triton.cdiv(x.V, inter_config(x.sizes["BK"], x.ST)[0])
-    fill = torch.cuda.get_device_properties(x.device).multi_processor_count // programs
+    fill = device_limits(x.device).processors // programs
     parts = min(fill, chunks // MIN_PART)
     return parts if parts >= 4 else 1
 

@@ -7,7 +7,6 @@ after that. No atomics: every output element is written by one program, and sums
 the order of the rows.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.dispatch import device_limits
 from kimi_kernels.moe import weights_gluon
 from kimi_kernels.moe.plan_triton import Plan
 
@@ -50,23 +50,10 @@ ROW_TILES_FP32 = [(8, Tile(16, 64, 32, 4, 3)), (float("inf"), Tile(64, 64, 32, 4
 WEIGHT_TILE, WEIGHT_TILE_FP32 = Tile(128, 128, 64, 4, 2), Tile(64, 64, 32, 4, 3)
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have."""
-    if device.type != "cuda":
-        return 227 * 1024
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-
-
 def row_tile(S: int, E: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """For S slots that are spread over E experts."""
     table = ROW_TILES_FP32 if dtype == torch.float32 else ROW_TILES
-    fits = ((rows, t) for rows, t in table if t.shared(dtype) <= shared_memory(device))
+    fits = ((rows, t) for rows, t in table if t.shared(dtype) <= device_limits(device).shared)
     return next(tile for rows, tile in fits if rows * E >= S)
 
 
@@ -219,7 +206,7 @@ def weights_product(
     args = a, b, plan.order, plan.offsets, dw
     if weights_gluon.takes(a, b):
         kernel: Any = weights_gluon.weights_gluon_kernel
-        kernel[(multiprocessors(a.device),)](*args, E=E, **meta)
+        kernel[(device_limits(a.device).processors,)](*args, E=E, **meta)
         return dw
     tile = WEIGHT_TILE_FP32 if a.dtype == torch.float32 else WEIGHT_TILE
     programs = E * triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
