@@ -30,8 +30,35 @@ def make_interpreter_faster():
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, np_dtype_of
 
 
+def make_tensors_faster():
+    """Every operation makes types and tensors, of few dtypes and shapes."""
+    from triton.language import core
+
+    init_block, init_tensor = core.block_type.__init__, core.tensor.__init__
+    blocks, shapes = {}, {}
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, *(getattr(n, "value", n) for n in shape)
+        if key not in blocks:
+            init_block(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[key]
+
+    def tensor(self, handle, type):
+        shape = type.shape if type.is_block() else ()
+        if shape not in shapes:
+            init_tensor(self, handle, type)
+            shapes[shape] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[shape]
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     make_interpreter_faster()
+    make_tensors_faster()
 
 
 # `torch.device` as a context learns torch's constructors at its first use: were one patched then,
