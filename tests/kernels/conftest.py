@@ -38,7 +38,10 @@ def make_tensors_faster():
     blocks, shapes = {}, {}
 
     def block_type(self, element_ty, shape):
-        key = element_ty.name, *(getattr(n, "value", n) for n in shape)
+        self.numbers = tuple(
+            getattr(n, "value", n) for n in shape
+        )  # Triton's tuples compare slowly
+        key = element_ty.name, self.numbers
         if key not in blocks:
             init_block(self, element_ty, shape)
             blocks[key] = self.shape, self.numel, self.name
@@ -46,7 +49,7 @@ def make_tensors_faster():
         self.shape, self.numel, self.name = blocks[key]
 
     def tensor(self, handle, type):
-        shape = type.shape if type.is_block() else ()
+        shape = type.numbers if type.is_block() else ()
         if shape not in shapes:
             init_tensor(self, handle, type)
             shapes[shape] = self.shape, self.numel
