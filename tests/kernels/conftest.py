@@ -38,9 +38,7 @@ def make_tensors_faster():
     blocks, shapes = {}, {}
 
     def block_type(self, element_ty, shape):
-        self.numbers = tuple(
-            getattr(n, "value", n) for n in shape
-        )  # Triton's tuples compare slowly
+        self.numbers = tuple(getattr(n, "value", n) for n in shape)  # its own tuples compare slowly
         key = element_ty.name, self.numbers
         if key not in blocks:
             init_block(self, element_ty, shape)

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,7 @@ def compare_with_tiktoken(tokenizer: KimiLinearTokenizer, ranks: dict[bytes, int
 
 
 def test_equals_tiktoken_on_fuzzed_text(tokenizer):
-    compare_with_tiktoken(tokenizer, ranks(), 40_000)
+    compare_with_tiktoken(tokenizer, ranks(), 120_000)
 
 
 @pytest.mark.skipif(not REAL, reason="KIMI_TIKTOKEN_MODEL is not set")
@@ -66,13 +65,10 @@ def test_equals_tiktoken_with_the_released_file():
 
 
 def test_equals_tiktoken_on_every_character(tokenizer):
-    """Characters next to their neighbours; the assigned ones also alone, and after a letter."""
+    """Characters next to their neighbours, alone, and after a letter; no class may differ."""
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    assigned = [c for c in characters if unicodedata.category(c) not in ("Cn", "Co")]
-    blocks, apart = (
-        ["".join(x[i : i + 97]) for i in range(0, len(x), 97)] for x in (characters, assigned)
-    )
-    texts = blocks + [" a".join(block) for block in apart] + [" 'S".join(b) for b in apart]
+    blocks = ["".join(characters[i : i + 97]) for i in range(0, len(characters), 97)]
+    texts = blocks + [" a".join(block) for block in blocks] + [" 'S".join(b) for b in blocks]
     reference = encoding(ranks())
     assert tokenizer(texts)["input_ids"] == reference.encode_ordinary_batch(texts, num_threads=2)
 
