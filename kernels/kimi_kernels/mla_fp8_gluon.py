@@ -14,7 +14,7 @@ than fp16.
 
 For the copy engine and for the loads into registers two neighbouring bytes are one number of 16
 bits. In the output the pairs are of one channel pair and two latents: even and odd channels are two
-sums.
+sums, and while the product of one runs, the other's operand is converted.
 
 Weights are 2^(s - x) in fp16. x is 7 below the maximum when it is set, and set again when the
 maximum is more than 15 above it: sums are seldom rescaled, and a weight is lost only 2^31 below the
@@ -49,15 +49,28 @@ from kimi_kernels.triton_math import RCP_LN2, ex2, lg2
 
 
 @gluon.jit
-def even_and_odd(x):
-    """Two numbers of 16 bits, each two e4m3 -> the fp16 of both first ones, and of the second."""
+def sort_pairs(x):
+    """Two numbers of 16 bits, each two e4m3 -> one of both first ones, one of both second ones."""
     return gl.inline_asm_elementwise(
-        """{ .reg .b16 a, b; .reg .b32 x;
-        prmt.b32 x, $2, 0, 0x3120;
-        mov.b32 {a, b}, x;
-        cvt.rn.f16x2.e4m3x2 $0, a;
-        cvt.rn.f16x2.e4m3x2 $1, b; }""",
-        "=r,=r,r", [x], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
+        "prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [x], dtype=gl.int16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def first_pair(x):
+    """Of two numbers of 16 bits the first, two e4m3, as two fp16."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 $0, a; }",
+        "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def second_pair(x):
+    """Of two numbers of 16 bits the second, likewise."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 $0, b; }",
+        "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2,
     )  # fmt: skip
 
 
@@ -221,14 +234,20 @@ def latent_fp8_gluon(
             b_d = d_s.load(O_M)
             store_scales(b_f, f_0, f_1, f_2)
             copy_part(r_tiles, i_b, i + 1, r_s, r_bar, i + 1 < stop - start)
+            x = sort_pairs(c.slice(0, J).permute((1, 0)).load(O_A))
             if gl.min(b_d, 0) < 1:
                 b_0, b_1 = b_0 * b_d[None, :], b_1 * b_d[None, :]
             for j in gl.static_range(BN // J):
-                x_0, x_1 = even_and_odd(c.slice(J * j, J).permute((1, 0)).load(O_A))
                 p = p_s.slice(J * j, J, dim=1).permute((1, 0))
+                x_0 = first_pair(x)
                 b_0 = warpgroup_mma(x_0, p, b_0, is_async=True)
+                b_0, b_1 = warpgroup_mma_wait(1, deps=[b_0, b_1])
+                x_1 = second_pair(x)
                 b_1 = warpgroup_mma(x_1, p, b_1, is_async=True)
-                b_0, b_1 = warpgroup_mma_wait(0, deps=[b_0, b_1])
+                if j + 1 < BN // J:
+                    x = sort_pairs(c.slice(J * (j + 1), J).permute((1, 0)).load(O_A))
+                b_0, b_1 = warpgroup_mma_wait(1, deps=[b_0, b_1])
+            b_0, b_1 = warpgroup_mma_wait(0, deps=[b_0, b_1])
             copy_part(c_tiles, i_b, i + 2, c, bars.index(count % 2), i + 2 < stop - start)
             b_m, count = b_x, count + 1
         s_m, o_r = later(i_m) * BM + gl.arange(0, BM, S_M), 2 * rows(R // 2, OUTPUT)
