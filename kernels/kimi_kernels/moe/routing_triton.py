@@ -14,7 +14,7 @@ from kimi_kernels.overlap import overlap, wait_for_inputs
 # ---- kernels -----------------------------------------------------------------------------------
 
 EPS = tl.constexpr(RENORM_EPS)
-NEVER = tl.constexpr(-(2**63))  # below the key of every float
+NEVER = tl.constexpr(-(2**31))  # below the key of every float
 
 if os.environ.get("TRITON_INTERPRET") == "1":
 
@@ -33,22 +33,18 @@ else:
 
 
 @triton.jit
-def sort_key(x, index):
-    """int64 that orders fp32 `x`, NaN highest as in topk, and among equal ones the lower index."""
+def sort_key(x):
+    """int32 above NEVER that orders fp32 `x`, NaN highest as in topk.
+
+    In 32 bits a warp finds the largest with one instruction.
+    """
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # + 0: -0 is 0
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
-
-
-@triton.jit
-def key_index(key):
-    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), NEVER + 1)
 
 
 @triton.jit
 def key_value(key):
-    bits = (key >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -67,21 +63,24 @@ def route_fwd_kernel(
     o_e, m_e = o_g * SIZE + o_s, (o_g < N_GROUP) & (o_s < SIZE)  # [BG, BS]
     b_s = score(tl.load(logits + i_t * E + o_e, mask=m_e, other=0.0))
     b_b = tl.load(bias + o_e, mask=m_e, other=0.0).to(tl.float32)
-    key = tl.where(m_e, sort_key(b_s + b_b, o_e), NEVER)
+    key = tl.where(m_e, sort_key(b_s + b_b), NEVER)
     if N_GROUP > 1:
         first = tl.max(key, 1)  # [BG]
-        second = tl.max(tl.where(key == first[:, None], NEVER, key), 1)
+        i_s = tl.min(tl.where(key == first[:, None], o_s, BS), 1)  # of equal ones the lowest
+        second = tl.max(tl.where(o_s == i_s[:, None], NEVER, key), 1)
         o = tl.arange(0, BG)
-        group = tl.where(o < N_GROUP, sort_key(key_value(first) + key_value(second), o), NEVER)
+        group = tl.where(o < N_GROUP, sort_key(key_value(first) + key_value(second)), NEVER)
         for _ in range(TOPK_GROUP):
-            group = tl.where(group == tl.max(group, 0), NEVER, group)
+            i_g = tl.min(tl.where(group == tl.max(group, 0), o, BG), 0)
+            group = tl.where(o == i_g, NEVER, group)
         open_ = (group == NEVER) & (o < N_GROUP)
         key = tl.where(open_[:, None], key, NEVER)
     b_i = tl.zeros([BK], tl.int32)
     for j in range(TOP_K):
         best = tl.max(tl.max(key, 1), 0)
-        key = tl.where(key == best, NEVER, key)
-        b_i = tl.where(o_k == j, key_index(best), b_i)
+        i_e = tl.min(tl.min(tl.where(key == best, o_e, E), 1), 0)
+        key = tl.where(o_e == i_e, NEVER, key)
+        b_i = tl.where(o_k == j, i_e, b_i)
     m_k = o_k < TOP_K
     b_w = tl.where(m_k, score(tl.load(logits + i_t * E + b_i)), 0.0)
     if RENORM:
