@@ -19,6 +19,7 @@ DECODE_SLOTS = 64
 HIDDEN_TILE, SUM_TILE = (1, 256), (2, 512)
 # steps that a program of the shared expert reads before the choice is there: 80 registers
 SHARED_AHEAD = tl.constexpr(10)
+SUM_AHEAD = 6  # steps of whole experts read before the features are there: all programs still fit
 
 
 @triton.jit
@@ -100,19 +101,24 @@ def decode_hidden_kernel(
 
 
 @triton.jit
-def add_outputs(
-    acc, h, w, weight, here, m_d,
-    F: tl.constexpr, BF: tl.constexpr,
-):  # fmt: skip
-    """acc [BD, BF] + weight h [F] times rows of w, to be summed over the second."""
-    o_f = tl.arange(0, BF)
+def load_outputs(w, f, o_f, here, m_d, F: tl.constexpr):
+    m = m_d & (here & (o_f < F - f))[None, :]
+    return tl.load(w + f, mask=m, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def add_outputs(acc, b_w, h, f, o_f, here, weight, F: tl.constexpr):
+    """acc [BD, BF] + weight h [F] times rows b_w, to be summed over the second."""
+    b_h = tl.load(h + f + o_f, mask=here & (o_f < F - f), other=0.0).to(tl.float32)
+    return acc + b_w.to(tl.float32) * (b_h * weight)[None, :]
+
+
+@triton.jit
+def add_expert(acc, w, h, o_f, here, m_d, weight, F: tl.constexpr, BF: tl.constexpr):
     for f0 in range(0, F, 4 * BF):
         for f in tl.static_range(0, 4 * BF, BF):
-            m_f = here & (o_f < F - f0 - f)
-            b_h = tl.load(h + f0 + f + o_f, mask=m_f, other=0.0).to(tl.float32)
-            m = m_d & m_f[None, :]
-            b_w = tl.load(w + f0 + f, mask=m, other=0.0, eviction_policy="evict_first")
-            acc += b_w.to(tl.float32) * (b_h * weight)[None, :]
+            b_w = load_outputs(w, f0 + f, o_f, here, m_d, F)
+            acc = add_outputs(acc, b_w, h, f0 + f, o_f, here, weight, F)
     return acc
 
 
@@ -120,27 +126,39 @@ def add_outputs(
 def decode_sum_kernel(
     h, w, down, index, weights, residual, out,
     E: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    BF: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
+    BF: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BD channels of out [T, D] = sum_j weights[t, j] h[t, j] w^T + h[t, TOP_K:] down^T.
 
-    Plus `residual` [T, D] if it is given.
+    Plus `residual` [T, D] if it is given. The choice was there before h was begun: of AHEAD experts
+    the weights are read before h is there.
     """
-    wait_for_inputs(OVERLAP)
     ND: tl.constexpr = (D + BD - 1) // BD
+    NF: tl.constexpr = (F + BF - 1) // BF
     i_t, i_d = tl.program_id(0) // ND, tl.program_id(0) % ND
-    o_d, o_f = (i_d * BD + tl.arange(0, BD)).to(tl.int64)[:, None], tl.arange(0, BF)[None, :]
+    o_d, o_f = (i_d * BD + tl.arange(0, BD)).to(tl.int64)[:, None], tl.arange(0, BF)
     m_d = o_d < D
+    index += i_t * TOP_K
+    weights += i_t * TOP_K
     h += i_t * ((TOP_K + SHARED) * F)
-    acc = tl.zeros([BD, BF], tl.float32)
-    for j in tl.static_range(TOP_K):
-        i_e = tl.load(index + i_t * TOP_K + j)
-        weight = tl.load(weights + i_t * TOP_K + j).to(tl.float32)
-        p_w = w + i_e * (D * F) + o_d * F + o_f
-        acc = add_outputs(acc, h + j * F, p_w, weight, (i_e >= 0) & (i_e < E), m_d, F, BF)
+    w += o_d * F + o_f[None, :]
+    acc, early = tl.zeros([BD, BF], tl.float32), ()
+    for j in tl.static_range(AHEAD):
+        i_e = tl.load(index + j)
+        here = (i_e >= 0) & (i_e < E)
+        for f in tl.static_range(0, F, BF):
+            early += ((load_outputs(w + i_e * (D * F), f, o_f, here, m_d, F), here),)
+    wait_for_inputs(OVERLAP)
+    for i in tl.static_range(len(early)):
+        j, f, weight = i // NF, i % NF * BF, tl.load(weights + i // NF).to(tl.float32)
+        acc = add_outputs(acc, early[i][0], h + j * F, f, o_f, early[i][1], weight, F)
+    for j in tl.static_range(AHEAD, TOP_K):
+        i_e, weight = tl.load(index + j), tl.load(weights + j).to(tl.float32)
+        here, p_w = (i_e >= 0) & (i_e < E), w + i_e * (D * F)
+        acc = add_expert(acc, p_w, h + j * F, o_f, here, m_d, weight, F, BF)
     for j in tl.static_range(SHARED):
-        p_w = down + o_d * (SHARED * F) + j * F + o_f
-        acc = add_outputs(acc, h + (TOP_K + j) * F, p_w, 1.0, True, m_d, F, BF)
+        p_w = down + o_d * (SHARED * F) + j * F + o_f[None, :]
+        acc = add_expert(acc, p_w, h + (TOP_K + j) * F, o_f, True, m_d, 1.0, F, BF)
     o_d = i_d * BD + tl.arange(0, BD)
     b_y = tl.sum(acc, 1)
     if residual is not None:
@@ -170,9 +188,10 @@ def decode_experts(
         x, norm_weight, gate_up, gate, up, index, h, eps,
         BF=BF, BD=min(BD, triton.next_power_of_2(D)), num_warps=1, **meta, **overlap(x.device),
     )  # fmt: skip
-    BD, BF = SUM_TILE
+    BD, BF = SUM_TILE[0], min(SUM_TILE[1], triton.next_power_of_2(F))
     decode_sum_kernel[(T * triton.cdiv(D, BD),)](
         h, down, own, index, weights, residual, out,
-        BD=BD, BF=min(BF, triton.next_power_of_2(F)), num_warps=2, **meta, **overlap(x.device),
+        BD=BD, BF=BF, AHEAD=min(top_k, SUM_AHEAD // triton.cdiv(F, BF)), num_warps=2,
+        **meta, **overlap(x.device),
     )  # fmt: skip
     return out
