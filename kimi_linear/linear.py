@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kimi_kernels import fused_linears
-from kimi_kernels.linears import few_rows
+from kimi_kernels.linears import few_rows, share_a_launch
 from kimi_linear.norm import KimiLinearRMSNorm
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -53,8 +53,12 @@ def are_plain(modules: Sequence[nn.Module], x: Tensor) -> bool:
 
 def decodes(x: Tensor) -> bool:
     """Whether x [..., D] are few tokens without a gradient, whose weights are what takes time."""
-    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
-    return few_rows(x) and x.is_cuda and plain
+    return few_rows(x) and infers(x)
+
+
+def infers(x: Tensor) -> bool:
+    """Whether x is on a GPU and only kernels of its dtype work on it, without a gradient."""
+    return x.is_cuda and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
 
 
 def project(
@@ -68,9 +72,11 @@ def project(
     norm: of the one x, first. residual: added to the one output.
     """
     x = xs if isinstance(xs, Tensor) else xs[0]
-    fused = decodes(x) and are_plain(modules, x) and (norm is None or has_plain_weight(norm, x))
+    fused = infers(x) and share_a_launch(x, len(modules)) and are_plain(modules, x)
+    if norm is not None and not (fused and few_rows(x) and has_plain_weight(norm, x)):
+        x, norm = norm(x), None
     if isinstance(xs, Tensor):
-        xs = [x if fused or norm is None else norm(x)] * len(modules)
+        xs = [x] * len(modules)
     if fused:
         weights: Any = [m.weight for m in modules]
         given = None if norm is None else (norm.weight, norm.eps)

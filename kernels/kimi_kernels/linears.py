@@ -17,11 +17,18 @@ from kimi_kernels.operators import wants_gradient
 from kimi_kernels.rms_norm import rms_norm
 
 MOST_ROWS = 2  # of x; for more, tensor cores are faster than reading each weight into registers
+TILE_ROWS = 16  # of x in 16 bits, of a launch on tensor cores; for more, or one weight, cuBLAS
 
 
 def few_rows(x: Tensor) -> bool:
     """Whether x [..., K] has rows, and so few that reading the weights is what takes time."""
     return 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+
+
+def share_a_launch(x: Tensor, products: int) -> bool:
+    """Whether so many products of x [..., K], without a norm, are one launch."""
+    tile = products > 1 and x.element_size() == 2 and 0 < x.numel() <= TILE_ROWS * x.shape[-1]
+    return few_rows(x) or tile
 
 
 def fused_linears(
@@ -35,7 +42,8 @@ def fused_linears(
     """y_i = x_i W_i^T, or residual + rms_norm(x_i) W_i^T; a tensor may be given several times.
 
     Triton makes them in one launch for up to 2 rows of x without a gradient, in fp32 up to the
-    output. Otherwise, and for a compiler, they are `rms_norm` and `torch.nn.functional.linear`.
+    output, and several products in 16 bits without a norm for up to 16. Otherwise, and for a
+    compiler, they are `rms_norm` and `torch.nn.functional.linear`.
 
     Args:
         xs: `[..., K]`, all of one shape; bf16, fp16, fp32 or fp64.
@@ -73,7 +81,8 @@ def fused_linears(
                 f"residual is {residual.dtype} on {residual.device}, want {out} on {x.device}"
             )
     given = (*xs, *weights, *own, residual)
-    fused = few_rows(x) and use_triton(x) and not wants_gradient(*given)
+    small = share_a_launch(x, len(weights)) if norm is None else few_rows(x)
+    fused = small and use_triton(x) and not wants_gradient(*given)
     if fused and not torch.compiler.is_compiling():
         from kimi_kernels.linears_triton import fused_linears_fwd
 

@@ -1,4 +1,7 @@
-"""Triton kernel of linears.py: vectors times matrices, streamed by programs of one warp."""
+"""Triton kernel of linears.py: vectors times matrices, streamed by programs of one warp.
+
+Of more than two rows, several products are tiles on tensor cores.
+"""
 
 from collections.abc import Sequence
 
@@ -7,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.linears import MOST_ROWS, TILE_ROWS
 from kimi_kernels.overlap import overlap, wait_for_inputs
 
 COLUMNS = 256  # of a weight, per step of a program: 16 bytes per thread and row
@@ -61,6 +65,29 @@ def some_outputs(
         tl.store(y + at, b_y.to(y.dtype.element_ty), mask=m_y)
 
 
+@triton.jit
+def tile_of_outputs(
+    x, w, y, i_n, rows,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BN columns of y [rows, N] on tensor cores: the weights are their left operand, 64 rows of it.
+
+    Without a norm: RMS(x) would take a pass over x of its own in every program.
+    """
+    o_m, o_n, o_k = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    m_m, m_n = o_m < rows, o_n < N
+    p_x, p_w = x + o_m[:, None] * K + o_k[None, :], w + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
+    b_y = tl.zeros([BN, BM], tl.float32)
+    wait_for_inputs(OVERLAP)
+    for k in range(0, K, BK):
+        b_w = load_columns(p_w, k, o_k, m_n, K)
+        b_x = tl.load(p_x + k, mask=m_m[:, None] & (o_k < K - k)[None, :], other=0.0)
+        b_y = tl.dot(b_w, tl.trans(b_x), b_y)
+    p_y = y + o_m[None, :] * N + o_n[:, None]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
+
+
 @triton.jit(do_not_specialize=["rows"])
 def fused_linears_kernel(
     xs, ws, ys, norm, residual, rows, eps,
@@ -72,10 +99,13 @@ def fused_linears_kernel(
     for i in tl.static_range(len(SIZES)):
         programs = (SIZES[i] + BN - 1) // BN
         if (i_p >= 0) & (i_p < programs):
-            some_outputs(
-                xs[i], ws[i], ys[i], norm, residual, i_p, rows, eps, SIZES[i],
-                SIZES[i], K, BM, BN, BK, AHEAD, OVERLAP,
-            )  # fmt: skip
+            if BM < 16:
+                some_outputs(
+                    xs[i], ws[i], ys[i], norm, residual, i_p, rows, eps, SIZES[i],
+                    SIZES[i], K, BM, BN, BK, AHEAD, OVERLAP,
+                )  # fmt: skip
+            else:
+                tile_of_outputs(xs[i], ws[i], ys[i], i_p, rows, SIZES[i], K, BM, BN, BK, OVERLAP)
         i_p -= programs
 
 
@@ -84,9 +114,14 @@ def pick_tiles(N: int, K: int, rows: int) -> dict[str, int]:
 
     Where all of them run at once they read 32 rows of tiles ahead: 128 registers.
     """
+    if rows > MOST_ROWS:
+        BN, BK = 32 if N > 8192 else 64, min(128, max(16, triton.next_power_of_2(K)))
+        tiles = {"BM": TILE_ROWS, "BN": BN, "BK": BK, "AHEAD": 0}
+        return tiles | {"num_warps": 4, "num_stages": 4}
     BN = 16 if K <= COLUMNS else 4 if N > 4096 and rows == 1 else 2
     BM, BK = triton.next_power_of_2(rows), min(COLUMNS, triton.next_power_of_2(K))
-    return {"BM": BM, "BN": BN, "BK": BK, "AHEAD": 32 // BN if N // BN <= 2048 else 0}
+    ahead = 32 // BN if N // BN <= 2048 else 0
+    return {"BM": BM, "BN": BN, "BK": BK, "AHEAD": ahead, "num_warps": 1}
 
 
 def fused_linears_fwd(
@@ -96,7 +131,7 @@ def fused_linears_fwd(
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """As `fused_linears`, checked, with at least one row."""
+    """As `fused_linears`, checked, with at least one row; of more than two no norm or residual."""
     *shape, K = xs[0].shape
     rows, sizes = xs[0].numel() // max(K, 1), tuple(w.shape[0] for w in weights)
     ys = tuple(xs[0].new_empty(*shape, n, dtype=dtype) for n in sizes)
@@ -105,6 +140,6 @@ def fused_linears_fwd(
     fused_linears_kernel[(sum(triton.cdiv(n, tiles["BN"]) for n in sizes),)](
         tuple(x.contiguous() for x in xs), tuple(w.contiguous() for w in weights), ys,
         norm_weight, None if residual is None else residual.contiguous(), rows, eps,
-        SIZES=sizes, K=K, **tiles, num_warps=1, **overlap(xs[0].device),
+        SIZES=sizes, K=K, **tiles, **overlap(xs[0].device),
     )  # fmt: skip
     return ys

@@ -1,14 +1,16 @@
-"""fused_linears: the one launch for a few rows against torch's linear layers."""
+"""fused_linears: the one launch for few rows against torch's linear layers."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kimi_kernels import backend, fused_linears, linears_triton, rms_norm
-from kimi_kernels.linears import MOST_ROWS
+from kimi_kernels.linears import MOST_ROWS, TILE_ROWS
 from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, check_early_launches
 
+HALF = [dtype for dtype in KERNEL_DTYPES if dtype != torch.float32]
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+half = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 
 def make(rows, K, sizes, dtype, shared=True):
@@ -19,19 +21,23 @@ def make(rows, K, sizes, dtype, shared=True):
     return (xs * len(sizes) if shared else xs), weights
 
 
-def check(xs, weights, dtype=None):
+def check(xs, weights, dtype=None, residual=None):
     with backend("triton"):
-        got = fused_linears(xs, weights, dtype)
+        got = fused_linears(xs, weights, dtype, residual=residual)
     assert len(got) == len(weights)
     for i, (y, x, w) in enumerate(zip(got, xs, weights, strict=True)):
         ref = F.linear(x, w).to(dtype or x.dtype)
         gold = F.linear(x.double(), w.double())
+        if residual is not None:
+            ref, gold = residual + ref, residual.double() + gold
         assert_as_good_as(f"y {i}", y, ref, gold, x.dtype if dtype is None else None)
     return got
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (3,), (1, 4), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "rows", [(1,), (1, 1), (2, 1), (3,), (1, 4), (8,), (2, 4), (16,), (17,)], ids=str
+)
 @pytest.mark.parametrize("shared", [True, False])
 def test_rows(rows, shared, dtype):
     check(*make(rows, 40, (7, 32, 1, 10), dtype, shared))
@@ -40,16 +46,46 @@ def test_rows(rows, shared, dtype):
 @each_dtype
 @pytest.mark.parametrize("K", [1, 31, 256, 300, 1000])
 @pytest.mark.parametrize("sizes", [(1,), (2, 3), (64, 5, 64)], ids=str)
-def test_sizes(K, sizes, dtype):
-    check(*make((2,), K, sizes, dtype))
+@pytest.mark.parametrize("rows", [2, 8])
+def test_sizes(rows, K, sizes, dtype):
+    check(*make((rows,), K, sizes, dtype))
+
+
+@half
+def test_fp32_outputs_are_not_rounded(dtype):
+    for rows in (1, MOST_ROWS + 1, TILE_ROWS + 1):
+        check(*make((rows,), 300, (20, 3), dtype), torch.float32)
+
+
+@each_dtype
+@pytest.mark.parametrize("rows", [(2,), (3,), (2, 4), (17,)], ids=str)
+def test_residual_without_a_norm(rows, dtype):
+    xs, weights = make(rows, 300, (70,), dtype)
+    for out in {dtype, torch.float32}:
+        check(xs, weights, out, torch.randn(*rows, 70, device=DEVICE).to(out))
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16][: len(KERNEL_DTYPES) - 1], ids=str
+    "rows, dtype, normed, one",
+    [
+        ((2,), torch.float32, True, True),
+        ((3,), torch.float32, False, False),
+        ((3,), torch.float16, False, True),
+        ((3,), torch.float16, True, False),
+        ((16,), torch.float16, False, True),
+        ((17,), torch.float16, False, False),
+    ],
 )
-def test_fp32_outputs_are_not_rounded(dtype):
-    for rows in (1, MOST_ROWS + 1):
-        check(*make((rows,), 300, (20, 3), dtype), torch.float32)
+def test_what_is_one_launch(rows, dtype, normed, one, monkeypatch):
+    xs, weights = make(rows, 8, (3, 4), dtype)
+    norm, calls, launch = xs[0][0], [], linears_triton.fused_linears_fwd
+    monkeypatch.setattr(
+        linears_triton, "fused_linears_fwd", lambda *args: calls.append(args) or launch(*args)
+    )
+    with backend("triton"):
+        fused_linears(xs, weights, norm=(norm, 1e-5) if normed else None)
+        fused_linears(xs[:1], weights[:1])
+    assert len(calls) == one + (rows[0] == 2)
 
 
 def check_block(rows, K, N, dtype):
@@ -90,35 +126,53 @@ def test_tiles_of_many_outputs(rows, BN, AHEAD, dtype, monkeypatch):
     check_block(rows, 1000, 70 + BN // 2, dtype)
 
 
-def test_runs_are_bit_equal_and_rows_do_not_matter_to_each_other():
-    xs, weights = make((4,), 300, (64, 30), torch.float32)
-    xs = [x[:2] for x in xs]
+@pytest.mark.parametrize("N, BN", [(8192, 64), (8193, 32)])
+@half
+def test_tiles_on_tensor_cores(N, BN, dtype, monkeypatch):
+    """Of weights that end within a tile, as they do with fewer outputs and with more than 8192."""
+    picked = linears_triton.pick_tiles(N, 1000, 8)
+    assert (picked["BN"], picked["BM"]) == (BN, TILE_ROWS)
+    monkeypatch.setattr(linears_triton, "pick_tiles", lambda N, K, rows: picked)
+    check(*make((8,), 1000, (70, BN, 1, 0, BN + 1), dtype))
+
+
+@pytest.mark.parametrize("rows, dtype", [(2, torch.float32), (8, torch.float16)], ids=str)
+def test_runs_are_bit_equal_and_rows_do_not_matter_to_each_other(rows, dtype):
+    xs, weights = make((2 * rows,), 300, (64, 30), dtype)
+    xs = [x[:rows] for x in xs]
     got, again = check(xs, weights), check(xs, weights)
-    some = check([x[1:2] for x in xs], weights)
+    some = check([x[rows // 2 :] for x in xs], weights)
     for y, z, part in zip(got, again, some, strict=True):
-        assert torch.equal(y, z) and torch.equal(y[1:2], part)
+        assert torch.equal(y, z) and torch.equal(y[rows // 2 :], part)
 
 
-@pytest.mark.parametrize("rows, K, sizes", [((0,), 4, (3,)), ((2,), 0, (3,)), ((2,), 4, (0, 3))])
+@pytest.mark.parametrize("K, sizes", [(0, (3,)), (4, (0,)), (4, (0, 3))])
+@pytest.mark.parametrize("rows", [0, 2, 8])
 def test_nothing_to_do(rows, K, sizes):
-    xs, weights = make(rows, K, sizes, torch.float32)
-    for y, n in zip(fused_linears(xs, weights), sizes, strict=True):
-        assert y.shape == (*rows, n) and not (K == 0 and y.any())
+    xs, weights = make((rows,), K, sizes, torch.float16)
+    with backend("triton"):
+        got = fused_linears(xs, weights)
+    for y, n in zip(got, sizes, strict=True):
+        assert y.shape == (rows, n) and not (K == 0 and y.any())
 
 
-def test_strided():
-    xs, weights = make((2,), 40, (8, 9), torch.float32, shared=False)
+@pytest.mark.parametrize("rows, dtype", [(2, torch.float32), (8, torch.float16)], ids=str)
+def test_strided(rows, dtype):
+    xs, weights = make((rows,), 40, (8, 9), dtype, shared=False)
     strided = [torch.stack((t, t), -1)[..., 0] for t in (*xs, *weights)]
     got, want = check(strided[:2], strided[2:]), check(xs, weights)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_gradients_and_fp64_take_the_reference():
-    xs, weights = make((2,), 8, (3, 4), torch.float32)
+@pytest.mark.parametrize("rows, dtype", [(2, torch.float32), (8, torch.float16)], ids=str)
+def test_gradients_and_fp64_take_the_reference(rows, dtype):
+    xs, weights = make((rows,), 8, (3, 4), dtype)
     leaves = [w.requires_grad_() for w in weights]
     with backend("triton"):
         sum(y.sum() for y in fused_linears(xs, leaves)).backward()
-    assert all(torch.allclose(w.grad, xs[0].sum(0).expand_as(w)) for w in leaves)
+    for w in leaves:
+        gold = xs[0].double().sum(0).expand_as(w)
+        assert_as_good_as("dw", w.grad, gold.to(dtype), gold)
     y, _ = fused_linears([x.double() for x in xs], [w.detach().double() for w in weights])
     assert y.dtype == torch.float64
 
@@ -148,11 +202,20 @@ def test_errors(change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("sizes", [(4096, 4096, 4096, 128, 32, 128), (163840,)], ids=str)
 @each_dtype
 def test_released_sizes(rows, sizes, dtype):
     check(*make((rows, 1), 2304, sizes, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("K", [4096, 9216])
+@each_dtype
+def test_released_sizes_with_a_residual(rows, K, dtype):
+    residual = torch.randn(rows, 1, 2304, device=DEVICE).to(dtype)
+    check(*make((rows, 1), K, (2304,), dtype), residual=residual)
 
 
 @pytest.mark.gpu
@@ -169,18 +232,19 @@ def test_cuda_graph():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows, normed", [(1, True), (8, False), (8, True)])
 @pytest.mark.parametrize("D, F", [(64, 48), (2304, 9216)])
-def test_a_chain_of_launches_that_begin_early(D, F):
+def test_a_chain_of_launches_that_begin_early(D, F, rows, normed):
     """Twenty residual blocks in a CUDA graph, each of which reads what the ones before wrote."""
-    norm = torch.randn(D, device=DEVICE).bfloat16()
+    norm = (torch.randn(D, device=DEVICE).bfloat16(), 1e-5) if normed else None
     up, down = (
         torch.randn(20, *shape, device=DEVICE).bfloat16() / 50 for shape in ((F, D), (D, F))
     )
-    x = torch.randn(1, D, device=DEVICE).bfloat16()
+    x = torch.randn(rows, D, device=DEVICE).bfloat16()
 
     def chain(y):
         for w_up, w_down in zip(up, down, strict=True):
-            (h,) = fused_linears([y], [w_up], norm=(norm, 1e-5))
+            (h,) = fused_linears([y], [w_up], norm=norm)
             (y,) = fused_linears([h], [w_down], residual=y)
         return y
 

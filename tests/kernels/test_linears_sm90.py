@@ -14,16 +14,24 @@ CASES = {  # rows, inputs, outputs, whether there is a norm, whether there is a 
     "router": (1, 2304, (256,), True, False),
     "two tokens": (2, 2304, (6144, 576), True, False),
     "two tokens, output projection": (2, 4096, (2304,), False, True),
+    "eight tokens": (8, 2304, (4096, 4096, 4096, 128, 128, 32), False, False),
+    "eight tokens, projections of MLA": (8, 2304, (6144, 576), False, False),
 }
 
 
 def test_machine_code(tmp_path):
-    """Each begins early (ACQBULK waits for what is before it, PREEXIT lets the next one begin)."""
+    """Each begins early (ACQBULK waits for what is before it, PREEXIT lets the next one begin).
+
+    From three tokens on they are on tensor cores and read ahead into shared memory (LDGSTS).
+    """
     kernels = compile_in_child(__name__, tmp_path)
     assert [x.case for x in kernels] == list(CASES)
     for x in kernels:
         assert x.stack == 0 and x.words["ACQBULK"] and x.words["PREEXIT"], str(x)
         assert not x.early, str(x)
+        tiled = CASES[x.case][0] > 2
+        products = x.words["HMMA"] + x.words["HGMMA"]
+        assert (products > 0) == (x.words["LDGSTS"] > 0) == tiled and not x.broken, str(x)
 
 
 def compile_cases(folder: Path) -> None:

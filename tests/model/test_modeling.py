@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import (
     KimiLinearForCausalLM as NativeForCausalLM,
 )
 
-from kimi_linear import KimiLinearCache, KimiLinearForCausalLM, moe
+from kimi_linear import KimiLinearCache, KimiLinearForCausalLM, linear, moe
 from tests.helpers import FLOOR, rel_err
 from tests.model.helpers import build, native_twin, random_ids, small_config
 
@@ -342,3 +343,55 @@ def test_dense_layer_of_a_decode_step(model, monkeypatch):
         assert rel_err(layer.mlp(x, norm), want) <= FLOOR[torch.float64] and len(calls) == 1
         layer.mlp.up_proj.register_forward_hook(lambda *args: None)
         assert rel_err(layer.mlp(x, norm), want) <= FLOOR[torch.float64] and len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "tokens, dtype, launch, with_norm",
+    [
+        (2, torch.float32, True, True),
+        (3, torch.float32, False, False),
+        (3, torch.bfloat16, True, False),
+        (16, torch.bfloat16, True, False),
+        (17, torch.bfloat16, False, False),
+    ],
+    ids=str,
+)
+def test_projections_of_few_tokens(tokens, dtype, launch, with_norm, model, monkeypatch):
+    """In one launch, and with the norm for one or two tokens; one with a hook is called."""
+    layer, calls = model.to(dtype).model.layers[0], []
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    x, h = torch.randn(tokens, 48).to(dtype), torch.randn(tokens, 56).to(dtype)
+    call = linear.fused_linears
+    monkeypatch.setattr(
+        linear, "fused_linears", lambda *a, **options: calls.append(options) or call(*a, **options)
+    )
+
+    def run():
+        return *linear.project(x, gate, up, norm=norm), *linear.project(h, down, residual=x)
+
+    with torch.no_grad():
+        want = run()
+        assert not calls
+        monkeypatch.setattr(linear, "infers", lambda x: True)
+        assert all(map(torch.equal, run(), want))
+        assert [c["norm"] is not None for c in calls] == [with_norm] * launch + [False] * (
+            tokens < 3
+        )
+        norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+        down.register_forward_hook(lambda module, inputs, output: 3 * output)
+        calls.clear()
+        assert torch.equal(linear.project(x, gate, up, norm=norm)[1], up(norm(x)))
+        assert [c["norm"] for c in calls] == [None] * launch
+        assert torch.equal(linear.project(h, down, residual=x)[0], x + down(h))
+        assert len(calls) == launch
+
+
+def test_who_infers(monkeypatch):
+    """Nobody who wants a gradient, or autocast, or is not on a GPU."""
+    on_gpu = SimpleNamespace(is_cuda=True)
+    assert not linear.infers(on_gpu)
+    with torch.no_grad():
+        assert linear.infers(on_gpu) and not linear.infers(torch.ones(1))
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert not linear.infers(on_gpu)
