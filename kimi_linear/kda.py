@@ -109,7 +109,8 @@ class KimiDeltaAttention(nn.Module):
             )  # fmt: skip
             ends = forget.f_b_proj, self.g_b_proj
             A_log, dt_bias = forget.A_log.flatten(), forget.dt_bias
-            if steps and decodes(f) and are_plain(ends, f) and not cache.rollback.open:
+            recorded = cache is not None and cache.rollback.open  # f with them
+            if steps and decodes(f) and are_plain(ends, f) and not recorded:
                 low_rank = tuple(m.weight for m in ends)
             else:
                 f, g = project((f, g), *ends)
