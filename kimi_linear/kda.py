@@ -12,7 +12,7 @@ from kimi_kernels import causal_conv, fused_kda, gated_rms_norm, kda_step
 from kimi_linear.cache import KDALayerCache, KimiLinearCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layout import DECODE_TOKENS, TokenLayout
-from kimi_linear.linear import are_plain, decodes, is_bare, project
+from kimi_linear.linear import is_bare, project
 from kimi_linear.norm import KimiLinearRMSNorm
 
 logger = logging.get_logger(__name__)
@@ -99,21 +99,13 @@ class KimiDeltaAttention(nn.Module):
     ) -> Tensor:
         """x [b, t, D] as `layout.pack` left it -> the same shape; with a norm, x + y of norm(x)."""
         forget, residual = self.forget_gate, None if norm is None else x
-        layer = None if cache is None else cast(KDALayerCache, cache.layers[self.layer_idx])
-        steps = layer is not None and self._steps(x, layout, layer)
-        low_rank: tuple[Tensor, ...] = ()  # of f and g, where `kda_step` makes the second products
         if type(forget) is ForgetGate and is_bare(forget):
             *xs, f, g, b = project(
                 x, self.q_proj, self.k_proj, self.v_proj,
                 forget.f_a_proj, self.g_a_proj, self.b_proj, norm=norm,
             )  # fmt: skip
-            ends = forget.f_b_proj, self.g_b_proj
+            f, g = project((f, g), forget.f_b_proj, self.g_b_proj)
             A_log, dt_bias = forget.A_log.flatten(), forget.dt_bias
-            recorded = cache is not None and cache.rollback.open  # f with them
-            if steps and decodes(f) and are_plain(ends, f) and not recorded:
-                low_rank = tuple(m.weight for m in ends)
-            else:
-                f, g = project((f, g), *ends)
         else:
             x = x if norm is None else norm(x)
             xs = project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -124,17 +116,16 @@ class KimiDeltaAttention(nn.Module):
                 f"A_log is {A_log.dtype}, which moves decays by up to 0.4 %; from_pretrained keeps "
                 "it in float32, and under FSDP 2 kimi_linear.fsdp.shard_gates does"
             )
-        if not low_rank:
-            f, g = f.unflatten(-1, self.heads), g.unflatten(-1, self.heads)
+        f, gate = f.unflatten(-1, self.heads), g.unflatten(-1, self.heads)
+        layer = None if cache is None else cast(KDALayerCache, cache.layers[self.layer_idx])
         weight, o_norm = self.conv1d.weight.squeeze(1), self.o_norm
         if cache is not None:
             cache.rollback.write(self.layer_idx, xs, f, b, (weight, A_log, dt_bias))
-        if layer is not None and steps:
+        if layer is not None and self._steps(x, layout, layer):
             conv_state, S = layer.writable_states()
             o = kda_step(
-                xs, weight, conv_state, f, b, A_log, dt_bias, S, g, o_norm.weight, o_norm.eps,
-                low_rank,
-            )  # fmt: skip
+                xs, weight, conv_state, f, b, A_log, dt_bias, S, gate, o_norm.weight, o_norm.eps
+            )
             return project(o.flatten(-2), self.o_proj, residual=residual)[0]
         conv_state, S = (None, None) if layer is None else layer.states()
         keep, cu, context = layer is not None, layout.cu_seqlens, layout.context
@@ -152,7 +143,7 @@ class KimiDeltaAttention(nn.Module):
         if layer is not None:
             layer.update_conv_state(cast(Tensor, conv_state))
             layer.update_recurrent_state(cast(Tensor, S))
-        return project(o_norm(o, g).flatten(-2), self.o_proj, residual=residual)[0]
+        return project(o_norm(o, gate).flatten(-2), self.o_proj, residual=residual)[0]
 
     def _steps(self, x: Tensor, layout: TokenLayout, layer: KDALayerCache) -> bool:
         """Whether these tokens are decoded: few, after others, unpadded, without a gradient."""

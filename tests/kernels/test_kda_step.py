@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from kimi_kernels import backend, causal_conv, fused_kda, gated_rms_norm, kda_step
-from kimi_kernels.kda import step as kda_step_triton
 from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
 
 STATES = ("conv_state", "state")
@@ -14,49 +12,37 @@ each_backend = pytest.mark.parametrize("name", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
-def make(T=1, *, B=1, H=2, K=6, V=5, W=4, R=None, dtype=torch.float32):
-    """Arguments of `kda_step` on the device; parameters and S in fp32, or in fp64 for fp64.
-
-    R: f and gate are of that rank, and the weights of their second products there.
-    """
+def make(T=1, *, B=1, H=2, K=6, V=5, W=4, dtype=torch.float32):
+    """Arguments of `kda_step` on the device; parameters and S in fp32, or in fp64 for fp64."""
     acc = torch.promote_types(dtype, torch.float32)
     D = 2 * H * K + H * V
     shapes = {
         "conv_weight": (D, W),
         "conv_state": (B, W - 1, D),
-        "f": (B, T, H, K) if R is None else (B, T, R),
+        "f": (B, T, H, K),
         "b": (B, T, H),
         "A_log": (H,),
         "dt_bias": (H * K,),
         "state": (B, H, K, V),
-        "gate": (B, T, H, V) if R is None else (B, T, R),
+        "gate": (B, T, H, V),
         "norm_weight": (V,),
     }
     exact = ("A_log", "dt_bias", "state")
     args = {n: torch.randn(s).to(DEVICE, acc if n in exact else dtype) for n, s in shapes.items()}
     args["xs"] = [torch.randn(B, T, H * n).to(DEVICE, dtype) for n in (K, K, V)]
-    if R is not None:
-        args["low_rank"] = [(torch.randn(H * n, R) / R**0.5).to(DEVICE, dtype) for n in (K, V)]
     return args
 
 
 def mapped(f, args):
-    return {n: f(a) if torch.is_tensor(a) else [f(x) for x in a] for n, a in args.items()}
+    return {n: [f(x) for x in a] if n == "xs" else f(a) for n, a in args.items()}
 
 
 def copied(args):
     return mapped(torch.clone, args)
 
 
-def composed(
-    xs, conv_weight, conv_state, f, b, A_log, dt_bias, state, gate, norm_weight, eps=1e-5,
-    low_rank=(),
-):  # fmt: skip
+def composed(xs, conv_weight, conv_state, f, b, A_log, dt_bias, state, gate, norm_weight, eps=1e-5):
     """The ops one after the other -> o, the convolution's state, S."""
-    if low_rank:
-        heads = A_log.numel(), -1
-        f, gate = (F.linear(x, w) for x, w in zip((f, gate), low_rank, strict=True))
-        f, gate = f.unflatten(-1, heads), gate.unflatten(-1, heads)
     qkv, conv_state = causal_conv(
         xs, conv_weight, initial_state=conv_state, output_final_state=True
     )
@@ -104,37 +90,6 @@ def test_windows(W, T):
 @pytest.mark.parametrize("H, K, V", [(1, 1, 1), (3, 5, 16), (2, 16, 3), (1, 60, 33), (1, 128, 128)])
 def test_shapes(H, K, V, dtype):
     check(make(2, H=H, K=K, V=V, dtype=dtype))
-
-
-@each_dtype
-@pytest.mark.parametrize("T, B", [(1, 1), (2, 1), (1, 2), (2, 2), (5, 1)])
-@pytest.mark.parametrize("K, V, R", [(6, 5, 3), (3, 16, 16), (1, 1, 1), (20, 4, 33)])
-def test_gates_of_low_rank(T, B, K, V, R, dtype):
-    check(make(T, B=B, K=K, V=V, R=R, dtype=dtype))
-
-
-@pytest.mark.parametrize("most, launches", [(15, 1), (16, 2)])
-def test_which_gates_are_made_on_the_way(most, launches, monkeypatch):
-    """The larger of K and V by R, of one head."""
-    monkeypatch.setattr(kda_step_triton, "MATRIX", most)
-    grids, kernel = [], kda_step_triton.kda_step_activations_kernel
-
-    class Noted:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(kda_step_triton, "kda_step_activations_kernel", Noted())
-    check(make(K=4, V=8, R=2))
-    assert grids == [(2, launches)]
-
-
-@pytest.mark.gpu
-@each_dtype
-@pytest.mark.parametrize("T, B", [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("R", [128, 64])
-def test_large_gates_of_low_rank(T, B, R, dtype):
-    check(make(T, B=B, H=32, K=128, V=128, R=R, dtype=dtype))
 
 
 @pytest.mark.gpu
@@ -228,10 +183,10 @@ def test_two_runs_are_bit_equal():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("B, T, R", [(1, 1, None), (3, 1, None), (2, 2, None), (2, 1, 3)])
-def test_strided_inputs(B, T, R):
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 1), (2, 2)])
+def test_strided_inputs(B, T):
     """Slices of one tensor, as a fused projection returns them, and layouts that need a copy."""
-    args = make(T, B=B, R=R)
+    args = make(T, B=B)
     want = step("triton", args)
     moving = {n: args[n].flatten(2) for n in ("f", "b", "gate")}
     parts = [*args["xs"], *moving.values()]
@@ -241,8 +196,7 @@ def test_strided_inputs(B, T, R):
     sliced["xs"] = views[:3]
     names = ("conv_weight", "A_log", "dt_bias", "norm_weight", "f", "gate", "b")
     swapped = args | {n: args[n].repeat_interleave(2, -1)[..., ::2] for n in names}
-    for n in ("xs", "low_rank")[: 1 if R is None else 2]:
-        swapped[n] = [x.mT.contiguous().mT for x in args[n]]
+    swapped["xs"] = [x.mT.contiguous().mT for x in args["xs"]]
     for layout in (sliced, swapped):
         layout = layout | {n: args[n].clone() for n in STATES}
         with backend("triton"):
@@ -255,9 +209,9 @@ def test_strided_inputs(B, T, R):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("T, R", [(1, None), (3, None), (1, 128)])
-def test_cuda_graph_advances_the_states(T, R):
-    args = make(T, B=2, H=4, K=128, V=128, R=R, dtype=torch.bfloat16)
+@pytest.mark.parametrize("T", [1, 3])
+def test_cuda_graph_advances_the_states(T):
+    args = make(T, B=2, H=4, K=128, V=128, dtype=torch.bfloat16)
     step("triton", args)  # compiled before
     eager = copied(args)
     graph = torch.cuda.CUDAGraph()
@@ -342,24 +296,3 @@ def test_errors(name, argument, change):
             change = change.to(DEVICE)
     with backend(name), pytest.raises(ValueError, match=rf"^{argument}(?!\w)"):
         kda_step(**(args | {key: change}))
-
-
-@each_backend
-@pytest.mark.parametrize(
-    "argument, change",
-    [
-        ("low_rank", [torch.zeros(12, 2)]),
-        (r"low_rank\[0\]", [torch.zeros(n, 2) for n in (15, 15)]),
-        (r"low_rank\[1\]", [torch.zeros(n, 2) for n in (12, 12)]),
-        (r"low_rank\[1\]", [torch.zeros(12, 2), torch.zeros(15, 2).double()]),
-        ("f", torch.zeros(2, 1, 3, 4)),
-        ("gate", torch.zeros(2, 1, 3)),
-        ("state", torch.zeros(2, 3, 4)),
-    ],
-)
-def test_errors_of_low_rank(name, argument, change):
-    args = make(**GOOD, R=2)
-    step("reference", args)
-    change = change.to(DEVICE) if torch.is_tensor(change) else [x.to(DEVICE) for x in change]
-    with backend(name), pytest.raises(ValueError, match=rf"^{argument}(?!\w)"):
-        kda_step(**(args | {argument.partition("\\")[0]: change}))

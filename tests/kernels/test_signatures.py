@@ -34,7 +34,7 @@ PUBLIC = {
         lower_bound: float | None = None) -> Tensor""",
     "kda_step": """(xs: Sequence[Tensor], conv_weight: Tensor, conv_state: Tensor, f: Tensor,
         b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor, gate: Tensor,
-        norm_weight: Tensor, eps: float = 1e-05, low_rank: Sequence[Tensor] = ()) -> Tensor""",
+        norm_weight: Tensor, eps: float = 1e-05) -> Tensor""",
     "l2norm": "(x: Tensor) -> Tensor",
     "latent_attention": """(q: Tensor, latent: Tensor | QuantizedLatents, w_kv: Tensor, *,
         scale: float, positions: Tensor | None = None,

@@ -8,8 +8,7 @@ import warnings
 import pytest
 import torch
 
-from kimi_kernels.linears import few_rows
-from kimi_linear import KimiLinearCache, decode, kda
+from kimi_linear import KimiLinearCache, decode
 from kimi_linear import modeling_kimi_linear as modeling
 from kimi_linear.decode import DecodeGraphs, decode_graphs, why_not_captured
 from kimi_linear.layout import DECODE_TOKENS
@@ -93,32 +92,6 @@ def test_static_layout(model, monkeypatch, T, padded):
             for t in range(10, 10 + 4 * T, T):
                 logits.append(model(ids[:, t : t + T], past_key_values=cache).logits)
         found.append(torch.cat(logits, 1))
-    assert_as_good_as("logits", *found, found[1])
-
-
-def test_gates_end_in_the_step_unless_they_are_recorded(model, monkeypatch):
-    """And only where one or two tokens are decoded."""
-    ids, given, step = random_ids(CONFIG, 1, 9), [], kda.kda_step
-
-    def noted(*args):
-        given.append(len(args[-1]))
-        return step(*args)
-
-    monkeypatch.setattr(kda, "kda_step", noted)
-    found = []
-    for gates_apart in (False, True):
-        monkeypatch.setattr(kda, "decodes", lambda x, on=not gates_apart: on and few_rows(x))
-        cache, logits = KimiLinearCache(CONFIG), []
-        with torch.no_grad():
-            model(ids[:, :3], past_key_values=cache)
-            for a, b in ((3, 4), (4, 6), (6, 9)):
-                logits.append(model(ids[:, a:b], past_key_values=cache).logits)
-            cache.activate_past_recording()
-            logits.append(model(ids[:, :1], past_key_values=cache).logits)
-        found.append(torch.cat(logits, 1))
-        layers = len(given) // 4
-        assert given == [0 if gates_apart else 2] * 2 * layers + [0] * 2 * layers
-        given.clear()
     assert_as_good_as("logits", *found, found[1])
 
 

@@ -195,7 +195,6 @@ def kda_step(
     gate: Tensor,
     norm_weight: Tensor,
     eps: float = 1e-5,
-    low_rank: Sequence[Tensor] = (),
 ) -> Tensor:
     """One decode step of a KDA layer, from its projections to its output projection.
 
@@ -210,9 +209,6 @@ def kda_step(
         f, b, A_log, dt_bias: as in `fused_kda`; the gate is unbounded.
         state: S, `[B, H, K, V]` fp32 (fp64 for fp64 inputs). Advanced in place.
         gate, norm_weight, eps: as in `gated_rms_norm`; gate `[B, T, H, V]`.
-        low_rank: none, or the second weights of the projections to f and gate, `[H*K, R]` and
-            `[H*V, R]`; f and gate are `[B, T, R]` then, what the first weights gave. For one or
-            two rows the products are made on the way, in fp32.
 
     Returns:
         `[B, T, H, V]` in the dtype of `xs`.
@@ -222,24 +218,17 @@ def kda_step(
     """
     if len(xs) != 3:
         raise ValueError(f"xs has {len(xs)} tensors, want those for q, k and v")
-    if len(low_rank) not in (0, 2):
-        raise ValueError(f"low_rank has {len(low_rank)} tensors, want none or those for f, gate")
-    ndim = 3 if low_rank else 4
-    for name, x, n in (("f", f, ndim), ("gate", gate, ndim), ("state", state, 4)):
-        if x.ndim != n:
-            raise ValueError(f"{name} has shape {list(x.shape)}, want {n} dimensions")
-    B, T, *sizes = f.shape
-    H, K, V = state.shape[1:] if low_rank else (*sizes, gate.shape[-1])
+    for name, x in (("f", f), ("gate", gate)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {list(x.shape)}, want 4 dimensions")
+    (B, T, H, K), V = f.shape, gate.shape[-1]
     D = 2 * H * K + H * V
-    for i, w in enumerate(low_rank):
-        check_shape(f"low_rank[{i}]", w, H * (K, V)[i], *sizes)
-        check_like(f"low_rank[{i}]", w, "f", f)
     for i, size in enumerate((H * K, H * K, H * V)):
         check_shape(f"xs[{i}]", xs[i], B, T, size)
         check_like(f"xs[{i}]", xs[i], "f", f)
     check_float("f", f, f)
     check_shape("b", b, B, T, H)
-    check_shape("gate", gate, B, T, *(sizes if low_rank else (H, V)))
+    check_shape("gate", gate, B, T, H, V)
     check_like("gate", gate, "f", f)
     check_shape("norm_weight", norm_weight, V)
     if conv_weight.ndim != 2 or conv_weight.shape[0] != D or conv_weight.shape[1] < 2:
@@ -251,8 +240,8 @@ def kda_step(
     for name, x in (("conv_state", conv_state), ("state", state)):
         if not x.is_contiguous():
             raise ValueError(f"{name} has strides {x.stride()}, want a contiguous tensor")
-    kda_gate_checks(xs[0].unflatten(-1, (H, K)), A_log, dt_bias, None)
-    args = (f, b, A_log, dt_bias, state, gate, norm_weight, eps, list(low_rank))
+    kda_gate_checks(f, A_log, dt_bias, None)
+    args = (f, b, A_log, dt_bias, state, gate, norm_weight, eps)
     if use_triton(f):
         from kimi_kernels.kda.autograd import kda_step_op
 

@@ -174,14 +174,12 @@ def kda_step_op(
     gate: Tensor,
     norm_weight: Tensor,
     eps: float,
-    low_rank: list[Tensor],
 ) -> Tensor:
     """See `kda_step_fwd`."""
-    args = (f, b, A_log, dt_bias, state, gate, norm_weight, eps, low_rank)
+    args = (f, b, A_log, dt_bias, state, gate, norm_weight, eps)
     return kda_step_fwd(xs, conv_weight, conv_state, *args)
 
 
 @kda_step_op.register_fake
-def _(xs, conv_weight, conv_state, f, b, A_log, dt_bias, state, gate, norm_weight, eps, low_rank):
-    (B, H, _, V), T = state.shape, f.shape[1]
-    return gate.new_empty(B, T, H, V)
+def _(xs, conv_weight, conv_state, f, b, A_log, dt_bias, state, gate, norm_weight, eps):
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)

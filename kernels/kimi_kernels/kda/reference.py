@@ -149,14 +149,6 @@ def fused_kda_ref(
     return o.to(v.dtype), S
 
 
-def second_products(
-    f: Tensor, gate: Tensor, low_rank: Sequence[Tensor], H: int
-) -> tuple[Tensor, Tensor]:
-    """f [B, T, H, K] and gate [B, T, H, V] from both [B, T, R]."""
-    f, gate = (F.linear(x, w) for x, w in zip((f, gate), low_rank, strict=True))
-    return f.unflatten(-1, (H, -1)), gate.unflatten(-1, (H, -1))
-
-
 def kda_step_ref(
     xs: Sequence[Tensor],
     conv_weight: Tensor,
@@ -169,12 +161,9 @@ def kda_step_ref(
     gate: Tensor,
     norm_weight: Tensor,
     eps: float,
-    low_rank: Sequence[Tensor],
 ) -> Tensor:
     """The definition of `kimi_kernels.kda_step`, from those of its parts."""
     with torch.no_grad():
-        if low_rank:
-            f, gate = second_products(f, gate, low_rank, state.shape[1])
         *qkv, new_conv_state = causal_convs_ref(xs, conv_weight, conv_state, None)
         q, k, v = (x.unflatten(-1, (f.shape[2], -1)) for x in qkv)
         o, S = fused_kda_ref(recurrent_form, q, k, v, f, b, A_log, dt_bias, None, state, None)

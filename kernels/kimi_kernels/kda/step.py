@@ -3,9 +3,6 @@
     activations   convolution, SiLU, l2norm, gate and sigmoid of one sequence and head; conv state
     in place update        the recurrence on S in place, then the gated norm of the head
 
-For one or two tokens other programs of `activations` make the output gate, and its own the input of
-the decay, from projections of low rank: a matrix per head, read before the vectors are there.
-
 Two launches, because S is the only large thing: `update` should do nothing but stream it through.
 From Hopper on it starts while `activations` runs, loads S, and waits for the rest (overlap.py).
 """
@@ -18,13 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.kda.recurrent import decay_factor, delta_rule, l2_normalised
-from kimi_kernels.kda.reference import second_products
-from kimi_kernels.linears import MOST_ROWS
 from kimi_kernels.overlap import overlap, wait_for_inputs
 from kimi_kernels.sequences import token_rows
 from kimi_kernels.triton_math import sigmoid
-
-MATRIX = 128 * 128  # most numbers of a product of low rank, per head: 64 registers in 16 bits
 
 
 @triton.jit
@@ -57,43 +50,15 @@ def store_window(window, state, s_s, c, m):
         tl.store(state + r * s_s + c, window[r], mask=m)
 
 
-@triton.jit
-def load_matrix(w, i_h, d, m_d, N: tl.constexpr, R: tl.constexpr, BR: tl.constexpr):
-    """[.., BR] of w [H N, R]: rows d of head i_h."""
-    r = tl.arange(0, BR)
-    return tl.load(w + (i_h * N + d)[:, None] * R + r, mask=m_d[:, None] & (r < R), other=0.0)
-
-
-@triton.jit
-def times_vector(b_w, x, R: tl.constexpr):
-    """b_w [.., BR] times x [R], in fp32."""
-    r = tl.arange(0, b_w.shape[1])
-    b_x = tl.load(x + r, mask=r < R, other=0.0).to(tl.float32)
-    return tl.sum(b_w.to(tl.float32) * b_x[None, :], 1)
-
-
-@triton.jit
-def gate_of_head(
-    gate, w, g, i_n, i_h, T, s_g,
-    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
-    OVERLAP: tl.constexpr,
+@triton.jit(do_not_specialize=["T"])
+def kda_step_activations_kernel(
+    xq, xk, xv, weight, conv_state, f, b, A_log, dt_bias, out,
+    T, scale, s_q, s_k, s_v, s_f, s_b,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """g [B, T, H, V]: w [H V, R] times gate [B, T, R]."""
-    e = tl.arange(0, BV)
-    b_w = load_matrix(w, i_h, e, e < V, V, R, BR)
-    wait_for_inputs(OVERLAP)
-    for t in range(0, T):
-        tok = i_n * T + t
-        tl.store(g + (tok * H + i_h) * V + e, times_vector(b_w, gate + tok * s_g, R), mask=e < V)
-
-
-@triton.jit
-def activations_of_head(
-    xq, xk, xv, weight, conv_state, f, f_weight, b, A_log, dt_bias, out,
-    i_n, i_h, T, scale, s_q, s_k, s_v, s_f, s_b,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, W: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    """out [B, T, H, 3 K + V + 1]: q scaled, k, decay, v, beta."""
+    i_n, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     D: tl.constexpr = H * (2 * K + V)
     d, e = tl.arange(0, BK), tl.arange(0, BV)
     m_d, m_e = d < K, e < V
@@ -104,15 +69,10 @@ def activations_of_head(
     taps_q, q = load_window(w_q, s_q0, D, d, m_d, W)
     taps_k, k = load_window(w_k, s_k0, D, d, m_d, W)
     taps_v, v = load_window(weight + (2 * H * K + i_h * V) * W, s_v0, D, e, m_e, W)
-    if f_weight is not None:
-        b_w = load_matrix(f_weight, i_h, d, m_d, K, R, BR)
     wait_for_inputs(OVERLAP)
     for t in range(0, T):
         tok = i_n * T + t
-        if f_weight is None:
-            b_f = tl.load(f + tok * s_f + i_h * K + d, mask=m_d, other=0.0).to(tl.float32)
-        else:
-            b_f = times_vector(b_w, f + tok * s_f, R)
+        b_f = tl.load(f + tok * s_f + i_h * K + d, mask=m_d, other=0.0).to(tl.float32)
         b_b = sigmoid(tl.load(b + tok * s_b + i_h).to(tl.float32))
         b_q, q = conv_silu(taps_q, q, tl.load(xq + tok * s_q + i_h * K + d, mask=m_d, other=0.0))
         b_k, k = conv_silu(taps_k, k, tl.load(xk + tok * s_k + i_h * K + d, mask=m_d, other=0.0))
@@ -126,28 +86,6 @@ def activations_of_head(
     store_window(q, s_q0, D, d, m_d)
     store_window(k, s_k0, D, d, m_d)
     store_window(v, s_v0, D, e, m_e)
-
-
-@triton.jit(do_not_specialize=["T"])
-def kda_step_activations_kernel(
-    xq, xk, xv, weight, conv_state, f, b, A_log, dt_bias, out, gate, f_weight, g_weight, g,
-    T, scale, s_q, s_k, s_v, s_f, s_b, s_g,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, W: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """out [B, T, H, 3 K + V + 1]: q scaled, k, decay, v, beta.
-
-    With f_weight [H K, R] and g_weight [H V, R], f and gate are [B, T, R] before these products,
-    and half of the programs make the gate g [B, T, H, V].
-    """
-    i_n, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    if tl.program_id(1) == 0:
-        activations_of_head(
-            xq, xk, xv, weight, conv_state, f, f_weight, b, A_log, dt_bias, out,
-            i_n, i_h, T, scale, s_q, s_k, s_v, s_f, s_b, H, K, V, R, BK, BV, BR, W, OVERLAP,
-        )  # fmt: skip
-    elif g_weight is not None:
-        gate_of_head(gate, g_weight, g, i_n, i_h, T, s_g, H, V, R, BV, BR, OVERLAP)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -193,29 +131,24 @@ def kda_step_fwd(
     gate: Tensor,
     norm: Tensor,
     eps: float,
-    low_rank: Sequence[Tensor] = (),
 ) -> Tensor:
     """o [B, T, H, V], normalised and gated; `conv_state` and `state` are advanced in place."""
-    (B, H, K, V), T, R, W = state.shape, f.shape[1], f.shape[-1], weight.shape[1]
-    if low_rank and (B * T > MOST_ROWS or max(K, V) * R > MATRIX):
-        f, gate, low_rank = *second_products(f, gate, low_rank, H), ()
-    f_weight, g_weight = (w.contiguous() for w in low_rank) if low_rank else (None, None)
+    B, T, H, K = f.shape
+    V, W = gate.shape[-1], weight.shape[1]
     rows = [token_rows(x) for x in (*xs, f, b, gate)]
     (xq, xk, xv, f, b, gate), strides = [x for x, _ in rows], [s for _, s in rows]
     x = torch.empty(B, T, H, 3 * K + V + 1, dtype=torch.float32, device=f.device)
-    g = torch.empty(B, T, H, V, dtype=torch.float32, device=f.device) if low_rank else gate
     o = torch.empty(B, T, H, V, dtype=gate.dtype, device=f.device)
     meta = {"H": H, "K": K, "V": V}
     meta |= {"BK": triton.next_power_of_2(K), "BV": triton.next_power_of_2(V)}
-    kda_step_activations_kernel[(B * H, 2 if low_rank else 1)](
+    kda_step_activations_kernel[(B * H,)](
         xq, xk, xv, weight.contiguous(), conv_state, f, b,
-        A_log.contiguous(), dt_bias.contiguous(), x, gate, f_weight, g_weight, g,
-        T, K**-0.5, *strides, R=R, BR=triton.next_power_of_2(R), W=W,
-        num_warps=4, **meta, **overlap(f.device),
+        A_log.contiguous(), dt_bias.contiguous(), x,
+        T, K**-0.5, *strides[:5], W=W, num_warps=4, **meta, **overlap(f.device),
     )  # fmt: skip
     # 4 warps: 44 us at batch 32 on an H200, 8 take 61, 16 take 79
     kda_step_update_kernel[(B * H,)](
-        x, state, g, norm.contiguous(), o, T, eps, H * V if low_rank else strides[5],
+        x, state, gate, norm.contiguous(), o, T, eps, strides[5],
         num_warps=4, **meta, **overlap(f.device, always=True),
     )  # fmt: skip
     return o
