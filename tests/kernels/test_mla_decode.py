@@ -123,6 +123,25 @@ def test_runs(n, dtype, processors):
     assert (o[[2, 7]] == 0).all()
 
 
+@pytest.mark.parametrize("B, n", [(1, 300), (4, 128)])
+def test_more_runs_than_are_merged_together(B, n, dtype, processors):
+    """128 of few sequences, otherwise 32; the maximum moves."""
+    processors(n)
+    q, latent, w_kv = make(1, 4200, B=B, H=1, dtype=dtype)
+    q[..., :-1], q[..., -1] = 0, 1
+    latent[..., -1] = torch.linspace(0, 8, 4200)
+    check((q, latent, w_kv), at(*[4199, -1, 4, 70][:B]), scale=1.0)
+
+
+@pytest.mark.parametrize("n", [5, 40])
+def test_blocks_that_see_different_lengths(n, dtype, processors):
+    """Of one token or two; each block has runs of its own."""
+    processors(n)
+    where = at([3, 130, 199], [-1, -1, -1], [150, 5, -1])
+    o = check(make(3, 200, B=3, H=30, dtype=dtype), where)
+    assert torch.equal((o == 0).all(-1).all(-1), where < 0)
+
+
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [0, 0, 5], [5, 0, 0], [0]], ids=str)
 def test_empty_sequences(lengths, n, dtype, processors):
