@@ -57,19 +57,10 @@ def sort_pairs(x):
 
 
 @gluon.jit
-def first_pair(x):
-    """Of two numbers of 16 bits the first, two e4m3, as two fp16."""
+def pair_to_fp16(x, which: gl.constexpr):
+    """Of two numbers of 16 bits, a and b, the one asked for: two e4m3, as two fp16."""
     return gl.inline_asm_elementwise(
-        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 $0, a; }",
-        "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def second_pair(x):
-    """Of two numbers of 16 bits the second, likewise."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 $0, b; }",
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 $0, " + which + "; }",
         "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2,
     )  # fmt: skip
 
@@ -239,10 +230,10 @@ def latent_fp8_gluon(
                 b_0, b_1 = b_0 * b_d[None, :], b_1 * b_d[None, :]
             for j in gl.static_range(BN // J):
                 p = p_s.slice(J * j, J, dim=1).permute((1, 0))
-                x_0 = first_pair(x)
+                x_0 = pair_to_fp16(x, "a")
                 b_0 = warpgroup_mma(x_0, p, b_0, is_async=True)
                 b_0, b_1 = warpgroup_mma_wait(1, deps=[b_0, b_1])
-                x_1 = second_pair(x)
+                x_1 = pair_to_fp16(x, "b")
                 b_1 = warpgroup_mma(x_1, p, b_1, is_async=True)
                 if j + 1 < BN // J:
                     x = sort_pairs(c.slice(J * (j + 1), J).permute((1, 0)).load(O_A))
