@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kimi_kernels import route
+from kimi_kernels import expert_mlp, fused_linears, route
 from kimi_kernels.moe import grouped_gemm, weights_gluon
 from kimi_kernels.moe.grouped_gemm import ROW_TILES, weights_product
 from kimi_kernels.moe.plan_triton import plan_slots
-from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
+from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, check_early_launches
 from tests.kernels.test_moe import NAMES
 from tests.kernels.test_moe_triton import by_counts, check, draw, make, run
 
@@ -25,6 +25,28 @@ def poison_empty():
 @each_dtype
 def test_decoding_at_released_widths(T, dtype):
     check(make(T, E, D, F, k, dtype), gradients=False)
+
+
+@pytest.mark.parametrize("T", [1, 8])
+def test_a_chain_of_layers_that_begin_early(T):
+    """Twenty of one layer's experts, each time chosen anew by what the time before has given."""
+
+    def weights(*shape):
+        return torch.randn(shape, device=DEVICE).bfloat16() / shape[-1] ** 0.5
+
+    routers, bias = weights(20, 16, D), torch.zeros(16, device=DEVICE)
+    gate_up, down = weights(16, 2 * F, D), weights(16, D, F)
+    shared = weights(F, D), weights(F, D), weights(D, F)
+    norm = torch.ones(D, device=DEVICE).bfloat16(), 1e-5
+
+    def chain(x):
+        for w in routers:
+            (logits,) = fused_linears([x], [w], torch.float32, norm=norm)
+            scores, index = route(logits, bias, k)
+            x = expert_mlp(x, gate_up, down, index, scores, shared, norm)
+        return x
+
+    check_early_launches(chain, torch.randn(T, D, device=DEVICE).bfloat16())
 
 
 @pytest.mark.parametrize("T", [1, 32, 500, 1500])
