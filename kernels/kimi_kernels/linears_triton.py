@@ -23,6 +23,11 @@ def load_columns(w, k, o_k, m_n, K: tl.constexpr):
 
 
 @triton.jit
+def load_vector(x, k, o_k, m, K: tl.constexpr):
+    return tl.load(x + k + o_k, mask=m & (o_k < K - k), other=0.0)
+
+
+@triton.jit
 def some_outputs(
     x, w, y, norm, residual, i_n, rows, eps, s_y,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -34,27 +39,29 @@ def some_outputs(
     """
     o_n, o_k = i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     m_n, p_w = o_n < N, w + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-    early, sums, squares = (), (), ()
+    early, norms, sums, squares = (), (), (), ()
     for k in tl.static_range(0, min(K, AHEAD * BK), BK):
         early += (load_columns(p_w, k, o_k, m_n, K),)
+        if norm is not None:
+            norms += (load_vector(norm, k, o_k, True, K),)
     for _ in tl.static_range(BM):
         sums += (tl.zeros([BN, BK], tl.float32),)
         squares += (tl.zeros([BK], tl.float32),)
     wait_for_inputs(OVERLAP, EARLY)
     for k in tl.static_range(0, K, BK):
-        m_k = o_k < K - k
         if k < AHEAD * BK:
             b_w = early[k // BK].to(tl.float32)
         else:
             b_w = load_columns(p_w, k, o_k, m_n, K).to(tl.float32)
-        if norm is not None:
-            b_n = tl.load(norm + k + o_k, mask=m_k, other=0.0).to(tl.float32)
         old, old_squares, sums, squares = sums, squares, (), ()
         for i in tl.static_range(BM):
-            b_x = tl.load(x + i * K + k + o_k, mask=m_k & (i < rows), other=0.0).to(tl.float32)
+            b_x = load_vector(x + i * K, k, o_k, i < rows, K).to(tl.float32)
             if norm is not None:
                 squares += (old_squares[i] + b_x * b_x,)
-                b_x *= b_n
+                if k < AHEAD * BK:
+                    b_x *= norms[k // BK].to(tl.float32)
+                else:
+                    b_x *= load_vector(norm, k, o_k, True, K).to(tl.float32)
             sums += (old[i] + b_w * b_x[None, :],)
     for i in tl.static_range(BM):
         b_y, m_y, at = tl.sum(sums[i], 1), m_n & (i < rows), i * s_y + o_n

@@ -82,7 +82,8 @@ def route_fwd_kernel(
         key = tl.where(o_e == i_e, NEVER, key)
         b_i = tl.where(o_k == j, i_e, b_i)
     m_k = o_k < TOP_K
-    b_w = tl.where(m_k, score(tl.load(logits + i_t * E + b_i)), 0.0)
+    at = b_i // SIZE * BS + b_i % SIZE
+    b_w = tl.where(m_k, tl.gather(tl.reshape(b_s, [BG * BS]), at, 0), 0.0)
     if RENORM:
         b_w = tl.div_rn(b_w, tl.sum(b_w, 0) + EPS)
     tl.store(weights + i_t * TOP_K + o_k, b_w * scale, mask=m_k)
