@@ -156,7 +156,7 @@ def latent_fp8_gluon(
         n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
         end = start + (n + BN - 1) // BN
         stop = gl.minimum(end, hi)
-        copy_part(r_tiles, i_b, lo - start, r_s, r_bar, True)
+        copy_part(r_tiles, i_b, lo - start, r_s, r_bar, lo < stop)
         for k in gl.static_range(2):
             at = (count + k) % 2
             copy_part(c_tiles, i_b, lo - start + k, c_s.index(at), bars.index(at), lo + k < stop)
