@@ -73,7 +73,11 @@ _overlapping = ContextVar("overlapping", default=False)
 
 @contextlib.contextmanager
 def overlapping() -> Iterator[None]:
-    """Inside a `with` block no kernel writes a weight: kernels may read them ahead (overlap.py)."""
+    """Inside a `with` block kernels may read ahead what was there before the last one (overlap.py).
+
+    No kernel writes a weight there, and none before `kda_step` its states, q, k, v or b: the one
+    just before it has made f or the gate.
+    """
     token = _overlapping.set(True)
     try:
         yield

@@ -14,6 +14,7 @@ from kimi_kernels.linears import MOST_ROWS, TILE_ROWS
 from kimi_kernels.overlap import overlap, wait_for_inputs
 
 COLUMNS = 256  # of a weight, per step of a program: 16 bytes per thread and row
+MOST_SHORT = 16384  # outputs of a launch of short programs
 
 
 @triton.jit
@@ -117,17 +118,18 @@ def fused_linears_kernel(
 
 
 def pick_tiles(N: int, K: int, rows: int) -> dict[str, int]:
-    """Of a launch with N outputs in all: few programs, as each costs 1.3 ns, but enough.
+    """Of a launch with N outputs in all: two rows of weights per program.
 
-    Where all of them run at once they read 32 rows of tiles ahead: 128 registers.
+    More programs of fewer registers run at once then, and the last ones are short; but each costs
+    1.3 ns, so it is four of a head. Where all run at once they read 16 steps ahead, 128 registers.
     """
     if rows > MOST_ROWS:
         BN, BK = 32 if N > 8192 else 64, min(128, max(16, triton.next_power_of_2(K)))
         tiles = {"BM": TILE_ROWS, "BN": BN, "BK": BK, "AHEAD": 0}
         return tiles | {"num_warps": 4, "num_stages": 4}
-    BN = 16 if K <= COLUMNS else 4 if N > 4096 and rows == 1 else 2
+    BN = 16 if K <= COLUMNS else 4 if N > MOST_SHORT and rows == 1 else 2
     BM, BK = triton.next_power_of_2(rows), min(COLUMNS, triton.next_power_of_2(K))
-    ahead = 32 // BN if N // BN <= 2048 else 0
+    ahead = 32 // BN if N // BN <= 2048 else 3 if N <= MOST_SHORT else 0
     return {"BM": BM, "BN": BN, "BK": BK, "AHEAD": ahead, "num_warps": 1}
 
 

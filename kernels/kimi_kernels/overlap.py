@@ -9,8 +9,11 @@ of `dispatch.overlapping` a kernel is launched, and reads its weights, while the
 
 Every kernel of such a chain passes `wait_for_inputs` in each of its programs. So whatever stands
 before it may count on all kernels but the one just before; and where that one is `EARLY` on nothing
-but weights. Kernels of other libraries do not begin early, and the first kernel after one of them
-begins when it ends.
+but weights. `kda_step` counts on it for its states, q, k, v and beta, `decode_experts` for what has
+been chosen: the kernel just before them has made `f` and the gate, and the hidden features.
+
+Kernels of other libraries do not begin early, and the first kernel after one of them begins when
+it ends.
 """
 
 from typing import Any

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from kimi_kernels import backend, causal_conv, fused_kda, gated_rms_norm, kda_step
-from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
+from kimi_kernels import (
+    backend,
+    causal_conv,
+    fused_kda,
+    fused_linears,
+    gated_rms_norm,
+    kda_step,
+)
+from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, check_early_launches
 
 STATES = ("conv_state", "state")
 BACKENDS = ["reference", "triton"]
@@ -227,6 +234,33 @@ def test_cuda_graph_advances_the_states(T):
         assert torch.equal(o, want)
         for n in STATES:
             assert torch.equal(args[n], eager[n]), n
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B, T", [(1, 1), (2, 1), (1, 3)])
+def test_a_chain_of_layers_that_begin_early(B, T):
+    """Projections, the product that ends in f and the gate, the step, the output projection."""
+    D, H, K, L = 512, 32, 128, 6
+    args = make(T, B=B, H=H, K=K, V=K, dtype=torch.bfloat16)
+    states = [[args[n].clone() for n in STATES] for _ in range(L)]
+    kept = {n: args[n] for n in ("conv_weight", "A_log", "dt_bias", "norm_weight")}
+    norm = torch.randn(D, device=DEVICE).bfloat16()
+    first = [
+        torch.randn(L, n, D, device=DEVICE).bfloat16() / 20 for n in (*[H * K] * 3, 128, 128, H)
+    ]
+    second = torch.randn(L, 2, H * K, 128, device=DEVICE).bfloat16() / 10
+    last = torch.randn(L, D, H * K, device=DEVICE).bfloat16() / 60
+
+    def chain(y):
+        fresh = [[x.clone() for x in pair] for pair in states]
+        for i, (conv_state, state) in enumerate(fresh):
+            *xs, f, g, b = fused_linears([y] * 6, [w[i] for w in first], norm=(norm, 1e-5))
+            f, g = (x.unflatten(-1, (H, K)) for x in fused_linears((f, g), second[i].unbind()))
+            o = kda_step(xs, conv_state=conv_state, state=state, f=f, b=b, gate=g, **kept)
+            (y,) = fused_linears([o.flatten(-2)], [last[i]], residual=y)
+        return y
+
+    check_early_launches(chain, torch.randn(B, T, D, device=DEVICE).bfloat16())
 
 
 @pytest.mark.gpu

@@ -117,10 +117,14 @@ def test_norm_and_residual(rows, K, N, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("rows, BN, AHEAD", [((1, 1), 4, 8), ((2,), 2, 0)], ids=str)
-def test_tiles_of_many_outputs(rows, BN, AHEAD, dtype, monkeypatch):
-    """Of more than 4096, with fewer here: the interpreter would take minutes."""
-    picked = linears_triton.pick_tiles(5000, 1000, rows[0])
+@pytest.mark.parametrize(
+    "N, rows, BN, AHEAD",
+    [(5000, (1, 1), 2, 3), (5000, (2,), 2, 3), (20_000, (1, 1), 4, 0), (20_000, (2,), 2, 0)],
+    ids=str,
+)
+def test_tiles_of_many_outputs(N, rows, BN, AHEAD, dtype, monkeypatch):
+    """Of more than run at once, with fewer here: the interpreter would take minutes."""
+    picked = linears_triton.pick_tiles(N, 1000, rows[0])
     assert (picked["BN"], picked["AHEAD"]) == (BN, AHEAD)
     monkeypatch.setattr(linears_triton, "pick_tiles", lambda N, K, rows: picked)
     check_block(rows, 1000, 70 + BN // 2, dtype)
