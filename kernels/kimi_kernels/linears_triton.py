@@ -118,11 +118,11 @@ def fused_linears_kernel(
 
 
 def pick_tiles(N: int, K: int, rows: int) -> dict[str, int]:
-    """Of a launch with N outputs in all: two rows of weights per program.
+    """Of a launch with N outputs in all: two rows of weights per program, 16 where they are short.
 
-    More programs of fewer registers run at once then, and the last ones are short; but each costs
-    1.3 ns, so it is four of a head. Where all run at once they read 16 steps ahead, 128 registers;
-    else three for one token.
+    More programs of fewer registers run at once then, and the last ones end soon; but each costs
+    1.3 ns, so it is four rows of a head. Where all programs run at once they read 32 rows of steps
+    ahead, 128 registers; else three steps for one token.
     """
     if rows > MOST_ROWS:
         BN, BK = 32 if N > 8192 else 64, min(128, max(16, triton.next_power_of_2(K)))

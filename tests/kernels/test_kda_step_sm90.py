@@ -14,7 +14,7 @@ from tests.kernels.sm90 import compile_in_child, record, write
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_machine_code(dtype, tmp_path):
-    """S, 128 registers of each thread, stays there, and is read before it waits."""
+    """S, 128 registers of each thread, stays there, and the next kernel may begin early."""
     (step,) = compile_in_child(__name__, tmp_path, dtype)
     assert step.name == "kda_step_kernel"
     assert step.stack == 0 and step.words["ACQBULK"] == 1 and step.early, str(step)
