@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.latents import LEAST, RECIPROCAL, TILE, QuantizedLatents
-from kimi_kernels.overlap import overlap, wait_for_inputs
+from kimi_kernels.overlap import overlap, prefer_shared, wait_for_inputs
 from kimi_kernels.rms_norm_triton import normalise, tiles
 
 
@@ -59,7 +59,7 @@ def store_latents_kernel(
     to += tl.load(columns + o_n, mask=m_n, other=0)
     if norm is not None:
         b_w = tl.load(norm + o_r, mask=m_r, other=0.0).to(tl.float32)
-    wait_for_inputs(OVERLAP)
+    wait_for_inputs(OVERLAP, EARLY=True)
     latent += o_n[:, None] * L
     b_c = tl.load(latent + o_r[None, :], mask=m_c, other=0.0)  # [BN, BR]
     b_k = tl.load(latent + R + o_p[None, :], mask=m_p, other=0.0)  # [BN, BP]
@@ -94,10 +94,11 @@ def store_latents_triton(
     weight, eps = (None, 0.0) if norm is None else norm
     BR, BP = (triton.next_power_of_2(max(1, x)) for x in (R, L - R))
     BN = max(1, TILE // (BR * latent.element_size()))
-    store_latents_kernel[(triton.cdiv(N, BN),)](
+    kernel = store_latents_kernel[(triton.cdiv(N, BN),)](
         latent.contiguous(), None if weight is None else weight.contiguous(), c, k_r, scale,
         None if rows is None else rows.contiguous(), columns.contiguous(),
         N, N // c.shape[0], c.shape[1], eps, RECIPROCAL, LEAST,
         R=R, L=L, s_c=c.stride(1), s_r=k_r.stride(1), BN=BN, BR=BR, BP=BP,
         num_warps=tiles(R)["num_warps"], **overlap(latent.device),
     )  # fmt: skip
+    prefer_shared(kernel)

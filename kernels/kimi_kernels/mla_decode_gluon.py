@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kimi_kernels.dispatch import capability
-from kimi_kernels.mla_decode_triton import LOW, Rows, count_visible, find_run
+from kimi_kernels.mla_decode_triton import LOW, Rows, count_old, count_visible, find_run
 from kimi_kernels.overlap import wait_for_inputs
 from kimi_kernels.triton_math import RCP_LN2, ex2
 
@@ -106,10 +106,12 @@ def latent_decode_gluon(
         n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
         end = start + (n + BN - 1) // BN
         stop = gl.minimum(end, hi)
+        if (gl.minimum(lo + 2, stop) - start) * BN > count_old(positions, i_b, T, S):
+            wait_for_inputs(OVERLAP)
         for k in gl.static_range(2):
             i, wanted = lo - start + k, lo + k < stop
             copy_tile(c_tiles, r_tiles, i_b, i, c_s, r_s, bars, count + k, wanted)
-        wait_for_inputs(OVERLAP)  # the queries; latents and positions come from before them
+        wait_for_inputs(OVERLAP)  # the queries and new latents; positions come from before them
         token, o_q = i_b.to(gl.int64) * T, later(i_m) * BM
         s_m = o_q + cols(BM, SCORES)
         if positions is None:

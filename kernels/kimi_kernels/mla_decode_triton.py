@@ -37,7 +37,7 @@ from kimi_kernels.latents import QuantizedLatents
 from kimi_kernels.latents_triton import from_e4m3
 from kimi_kernels.linears import MOST_ROWS
 from kimi_kernels.mla_heads_triton import absorb, expand
-from kimi_kernels.overlap import overlap, wait_for_inputs
+from kimi_kernels.overlap import overlap, prefer_shared, wait_for_inputs
 from kimi_kernels.triton_math import RCP_LN2, ex2, lg2
 
 LEAST = tl.constexpr(latents.LEAST)
@@ -59,6 +59,19 @@ def count_visible(positions, i_b, m_b, i_m, T, S, H: tl.constexpr, BM: tl.conste
             seen = tl.maximum(tl.minimum(seen, S), 0).to(tl.int32)
         n = tl.maximum(n, seen)
     return tl.where(m_b, n, 0)
+
+
+@triton.jit
+def count_old(positions, i_b, T, S):
+    """Latents of sequence i_b, 0..S, before the first of its new tokens."""
+    n = S
+    if positions is None:
+        n = S - T
+    else:
+        for t in range(T):
+            at = tl.load(positions + i_b.to(tl.int64) * T + t)
+            n = tl.where(at < 0, n, tl.minimum(n, at)).to(tl.int32)
+    return n
 
 
 @triton.jit
@@ -191,6 +204,17 @@ def latent_decode_kernel(
         i_b, start, lo = i_b + 1, end, stop
 
 
+@triton.jit
+def load_runs(part, weight, first, number, stride, o_s, o_r, m_r, R: tl.constexpr):
+    """Maximum and sum of runs o_s [BS], and their channels o_r [BS, BR]; `stride` queries apart."""
+    m_s = o_s < number
+    slot = (first + o_s).to(tl.int64) * stride
+    b_m = tl.load(weight + slot * 2, mask=m_s, other=LOW)
+    b_w = tl.load(weight + slot * 2 + 1, mask=m_s, other=0.0)
+    b_p = tl.load(part + slot[:, None] * R + o_r, mask=m_s[:, None] & m_r, other=0.0)
+    return b_m, b_w, b_p
+
+
 @triton.jit(do_not_specialize=["B", "T", "S"])
 def latent_combine_kernel(
     part, weight, runs, positions, o,
@@ -198,30 +222,33 @@ def latent_combine_kernel(
     H: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BR channels of one query: the weighted mean of its runs; zeros if its block sees nothing."""
+    """BR channels of one query: the weighted mean of its runs; zeros if its block sees nothing.
+
+    BS and BS / 8 runs together: those of 132 programs are a few more than a power of two.
+    """
     i_b, i_q = tl.program_id(0) // (T * H), tl.program_id(0) % (T * H)
     blocks, i_m = tl.cdiv(T * H, BM), i_q // BM
-    o_s, o_r = tl.arange(0, BS), tl.program_id(1) * BR + tl.arange(0, BR)
+    MORE: tl.constexpr = BS // 8
+    o_s, o_more = tl.arange(0, BS), BS + tl.arange(0, MORE)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
     m_r = o_r < R
     n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
-    wait_for_inputs(OVERLAP)
+    wait_for_inputs(OVERLAP, EARLY=True)
     p_runs = runs + (i_b.to(tl.int64) * blocks + i_m) * 2
     first, number = tl.load(p_runs), tl.where(n > 0, tl.load(p_runs + 1), 0)
     if number != 1:
-        b_o, b_z = tl.zeros([BR], tl.float32), tl.zeros([BS], tl.float32)
+        part += i_q.to(tl.int64) * R
+        weight += i_q * 2
+        b_o, z = tl.zeros([BR], tl.float32), 0.0
         b_x = tl.full([], LOW, tl.float32)
-        for s in range(0, number, BS):
-            m_s = s + o_s < number
-            slot = (first + s + o_s).to(tl.int64) * T * H + i_q
-            b_m = tl.load(weight + slot * 2, mask=m_s, other=LOW)
-            b_w = tl.load(weight + slot * 2 + 1, mask=m_s, other=0.0)
-            b_p = tl.load(part + slot[:, None] * R + o_r, mask=m_s[:, None] & m_r, other=0.0)
-            top = tl.maximum(b_x, tl.max(b_m, 0))
-            b_d, moved = ex2(b_m - top), ex2(b_x - top)
-            b_z = b_z * moved + b_d * b_w
-            b_o = b_o * moved + tl.sum(b_d[:, None] * b_p, 0)
+        for s in range(0, number, BS + MORE):
+            m_0, w_0, p_0 = load_runs(part, weight, first, number, T * H, s + o_s, o_r, m_r, R)
+            m_1, w_1, p_1 = load_runs(part, weight, first, number, T * H, s + o_more, o_r, m_r, R)
+            top = tl.maximum(b_x, tl.maximum(tl.max(m_0, 0), tl.max(m_1, 0)))
+            d_0, d_1, moved = ex2(m_0 - top), ex2(m_1 - top), ex2(b_x - top)
+            z = z * moved + tl.sum(d_0 * w_0, 0) + tl.sum(d_1 * w_1, 0)
+            b_o = b_o * moved + tl.sum(d_0[:, None] * p_0, 0) + tl.sum(d_1[:, None] * p_1, 0)
             b_x = top
-        z = tl.sum(b_z, 0)
         b_o = b_o / tl.where(z > 0, z, 1.0)
         p_o = o + (((i_q % H).to(tl.int64) * B + i_b) * T + i_q // H) * R
         tl.store(p_o + o_r, b_o.to(o.dtype.element_ty), mask=m_r)
@@ -342,12 +369,13 @@ def latent_decode_fwd(
             s_c=c.stride, s_r=k_r.stride, **constants,
         )  # fmt: skip
     # one sequence of 131,072 tokens has 132 runs, which are best merged in one step
-    BS, BC = (256, 32) if P > 32 * B else (32, 128)
+    BS, BC = (128, 32) if P > 32 * B else (32, 128)
     BC = min(BC, triton.next_power_of_2(R))
-    latent_combine_kernel[(B * T * H, triton.cdiv(R, BC))](
+    kernel = latent_combine_kernel[(B * T * H, triton.cdiv(R, BC))](
         part, weight, runs, positions, o_c, B, T, S,
         H=H, R=R, BM=BM, BS=BS, BR=BC, num_warps=4, **overlap(q.device, always=True),
     )  # fmt: skip
+    prefer_shared(kernel)
     if few:
         expand(o_c, w[:, D_n:], o)
     else:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.linears_triton import COLUMNS, some_outputs
-from kimi_kernels.overlap import overlap, wait_for_inputs
+from kimi_kernels.overlap import overlap, prefer_shared, wait_for_inputs
 
 CHANNELS, OUTPUTS = 64, 4  # of q_c and of o per program
 
@@ -29,7 +29,7 @@ def absorb_kernel(
     m_d, m_r = o_d < D_n, o_r < R
     p_w = w + i_h.to(tl.int64) * s_w + o_d[:, None] * R + o_r[None, :]
     b_w = tl.load(p_w, mask=m_d[:, None] & m_r[None, :], other=0.0)  # [BD, BR]
-    wait_for_inputs(OVERLAP)
+    wait_for_inputs(OVERLAP, EARLY=True)
     for i in tl.static_range(BM):
         b_q = tl.load(q + (i * H + i_h) * D + o_d, mask=m_d & (i < rows), other=0.0)
         b_y = tl.sum(b_w.to(tl.float32) * b_q.to(tl.float32)[:, None], 0)
@@ -57,11 +57,12 @@ def absorb(q: Tensor, w: Tensor) -> Tensor:
     (rows, H, D), (_, D_n, R) = q.shape, w.shape
     q_c = q.new_empty(H, rows, R)
     BR = min(CHANNELS, triton.next_power_of_2(R))
-    absorb_kernel[(H * triton.cdiv(R, BR),)](
+    kernel = absorb_kernel[(H * triton.cdiv(R, BR),)](
         q, w, q_c, rows, w.stride(0), H=H, D=D, D_n=D_n, R=R,
         BM=triton.next_power_of_2(rows), BD=triton.next_power_of_2(D_n), BR=BR,
         num_warps=4, **overlap(q.device),
     )  # fmt: skip
+    prefer_shared(kernel)
     return q_c
 
 

@@ -8,14 +8,22 @@ of `dispatch.overlapping` a kernel is launched, and reads its weights, while the
     everything else
 
 Every kernel of such a chain passes `wait_for_inputs` in each of its programs. So whatever stands
-before it may count on all kernels but the one just before; and where that one is `EARLY` on nothing
-but weights. `kda_step` counts on it for its states, q, k, v and beta, `decode_experts` for what has
-been chosen: the kernel just before them has made `f` and the gate, and the hidden features.
+before it may count on all kernels but the one just before; and where that one is `EARLY` not on
+the one before it either. `kda_step` counts on them for its states, q, k, v and beta,
+`decode_experts` for what has been chosen: the kernel just before has made `f` and the gate, or the
+hidden features. `latent_attention` counts on all but the three before it, which make q and the new
+latents, store those and make q_c, for the older latents.
 
 Kernels of other libraries do not begin early, and the first kernel after one of them begins when
 it ends.
+
+A multiprocessor splits its memory into L1 and shared memory, and can only split it anew when it has
+no program left. So kernels around one with much shared memory should want the same split: see
+`prefer_shared`.
 """
 
+import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -33,6 +41,23 @@ def overlap(device: torch.device, always: bool = False) -> dict[str, Any]:
     able = capability(device) >= (9, 0)
     early = able and (always or may_overlap())
     return {"OVERLAP": able} | ({"launch_pdl": True} if early else {})
+
+
+@functools.cache
+def prefer_shared(kernel: Any) -> None:
+    """A multiprocessor that runs this kernel should have as much shared memory as it can.
+
+    Then a kernel that needs it begins there while this one runs, and not when it has ended.
+
+    kernel: what the launch has returned; None in the interpreter.
+    """
+    if kernel is None or torch.version.cuda is None:
+        return
+    carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
+    function = ctypes.c_void_p(kernel.function)
+    error = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(function, carveout, 100)
+    if error:
+        raise RuntimeError(f"CUDA error {error} where {kernel.name} asks for shared memory")
 
 
 @triton.jit

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from kimi_kernels import backend, fused_linears, quantize_latents, rms_norm, store_latents
+from kimi_kernels import (
+    backend,
+    fused_linears,
+    latent_attention,
+    quantize_latents,
+    rms_norm,
+    store_latents,
+)
 from kimi_kernels.latents import FP8, LARGEST, LEAST, QuantizedLatents
 from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, check_early_launches
 
@@ -198,3 +205,38 @@ def test_a_chain_of_launches_that_begin_early():
         return y
 
     check_early_launches(chain, x, buffers.zero_)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("S", [9, 5000, 20000])
+def test_a_chain_of_layers_that_begin_early(S, fp8):
+    """Six times: projections, the store of the latent, attention, the output projection."""
+    H, N, R, P, D, L = 32, 128, 512, 64, 512, 6
+
+    def weights(*shape):
+        return torch.randn(L, *shape, device=DEVICE).bfloat16() / shape[1] ** 0.5
+
+    norm = torch.randn(R, device=DEVICE).bfloat16(), 1e-6
+    parts = weights(H * (N + P), D), weights(R + P, D), weights(2 * H * N, R), weights(D, H * N)
+    column, x = torch.tensor([S - 4], device=DEVICE), torch.randn(1, D, device=DEVICE).bfloat16()
+    old = torch.randn(1, S, R + P, device=DEVICE).bfloat16()
+    old = quantize_latents(old, R) if fp8 else QuantizedLatents(old, *old.new_empty(2, 0))
+    caches = [old._make(y.clone() for y in old) for _ in range(L)]
+
+    def refill():
+        for cache in caches:
+            for y, z in zip(cache, old, strict=True):
+                y.view(BITS).copy_(z.view(BITS))
+
+    def chain(y):
+        for cache, w_q, w_down, w_kv, w_o in zip(caches, *parts, strict=True):
+            into = cache if fp8 else cache.c
+            q, latent = fused_linears([y, y], [w_q, w_down])
+            store_latents(latent, into, None, column, norm)
+            q = q.view(1, 1, H, N + P)
+            o = latent_attention(q, into, w_kv, scale=0.07, positions=column[None])
+            (y,) = fused_linears([o.view(1, H * N)], [w_o], residual=y)
+        return y
+
+    check_early_launches(chain, x, refill)
