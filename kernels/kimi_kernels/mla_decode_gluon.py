@@ -56,6 +56,16 @@ def later(x):
 
 
 @gluon.jit
+def opaque(x):
+    """The buffer of x [1, ..], at an address that is only known in the iteration of a loop.
+
+    Otherwise the descriptors that products take it by are kept in registers over all of the loop,
+    and moved to others before each product: 100 of its 700 instructions.
+    """
+    return x.index(later(gl.to_tensor(0)))
+
+
+@gluon.jit
 def copy_tile(c_tiles, r_tiles, i_b, i, c_s, r_s, bars, count, wanted):
     """Where `wanted`, start to copy tile i of sequence i_b, the count-th of this program."""
     c, r, bar = c_s.index(count % 2), r_s.index(count % 2), bars.index(count % 2)
@@ -88,9 +98,9 @@ def latent_decode_gluon(
     P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], DT)
     c_s = gl.allocate_shared_memory(DT, [2, BN, R], C_TILE)
     r_s = gl.allocate_shared_memory(DT, [2, BN, L - R], R_TILE)
-    qc_s = gl.allocate_shared_memory(DT, [BM, R], C_TILE)
-    qr_s = gl.allocate_shared_memory(DT, [BM, L - R], R_TILE)
-    p_s = gl.allocate_shared_memory(DT, [BN, BM], P_TILE)
+    qc_s = gl.allocate_shared_memory(DT, [1, BM, R], C_TILE)
+    qr_s = gl.allocate_shared_memory(DT, [1, BM, L - R], R_TILE)
+    p_s = gl.allocate_shared_memory(DT, [1, BN, BM], P_TILE)
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for k in gl.static_range(2):
         mbarrier.init(bars.index(k), count=1)
@@ -122,10 +132,10 @@ def latent_decode_gluon(
         last = gl.where(s_m < T * H, last, -1)
         i_q = o_q + rows(BM, LOAD_C)
         p_q = q_c + ((i_q % H).to(gl.int64) * B * T + token + i_q // H) * R
-        qc_s.store(gl.load(p_q + cols(R, LOAD_C), mask=i_q < T * H, other=0.0))
+        qc_s.index(0).store(gl.load(p_q + cols(R, LOAD_C), mask=i_q < T * H, other=0.0))
         i_q = o_q + rows(BM, LOAD_R)
         p_q = q + ((token + i_q // H) * H + i_q % H) * D + (D - (L - R))
-        qr_s.store(gl.load(p_q + cols(L - R, LOAD_R), mask=i_q < T * H, other=0.0))
+        qr_s.index(0).store(gl.load(p_q + cols(L - R, LOAD_R), mask=i_q < T * H, other=0.0))
         fence_async_shared()
         b_o = gl.zeros([R, BM], gl.float32, OUTPUT)
         b_m, b_w = gl.full([BM], LOW, gl.float32, S_M), gl.zeros([BN, BM], gl.float32, SCORES)
@@ -133,18 +143,19 @@ def latent_decode_gluon(
             c, r = c_s.index(count % 2), r_s.index(count % 2)
             mbarrier.wait(bars.index(count % 2), (count // 2) & 1)
             b_s = gl.zeros([BN, BM], gl.float32, SCORES)
-            b_s = warpgroup_mma(c, qc_s.permute((1, 0)), b_s, use_acc=False, is_async=True)
-            b_s = warpgroup_mma(r, qr_s.permute((1, 0)), b_s, is_async=True)
+            b_qc, b_qr = opaque(qc_s).permute((1, 0)), opaque(qr_s).permute((1, 0))
+            b_s = warpgroup_mma(c, b_qc, b_s, use_acc=False, is_async=True)
+            b_s = warpgroup_mma(r, b_qr, b_s, is_async=True)
             b_s = warpgroup_mma_wait(0, deps=[b_s])
             seen = i * BN + rows(BN, SCORES) <= last
             b_s = gl.where(seen, b_s * (scale * RCP_LN2), -float("inf"))
             b_x = gl.maximum(b_m, gl.max(b_s, 0))
             b_p, b_d = ex2(b_s - b_x[None, :]), ex2(b_m - b_x)
             b_w = b_w * b_d[None, :] + b_p  # summed over the latents at the end
-            p_s.store(b_p.to(DT))
+            p_s.index(0).store(b_p.to(DT))
             fence_async_shared()
             b_o *= gl.convert_layout(b_d, O_M)[None, :]
-            b_o = warpgroup_mma(c.permute((1, 0)), p_s, b_o, is_async=True)
+            b_o = warpgroup_mma(c.permute((1, 0)), opaque(p_s), b_o, is_async=True)
             b_o = warpgroup_mma_wait(0, deps=[b_o])
             wanted = i + 2 < stop - start
             copy_tile(c_tiles, r_tiles, i_b, i + 2, c_s, r_s, bars, count, wanted)

@@ -368,9 +368,9 @@ def latent_decode_fwd(
             c.rows, k_r.rows, 0 if factors is None else factors.stride(0),
             s_c=c.stride, s_r=k_r.stride, **constants,
         )  # fmt: skip
-    # one sequence of 131,072 tokens has 132 runs, which are best merged in one step
-    BS, BC = (128, 32) if P > 32 * B else (32, 128)
-    BC = min(BC, triton.next_power_of_2(R))
+    # all runs of a sequence are best merged in one step: 132 of one of 131,072 tokens
+    BS = 128 if P > 32 * B else 32 if P > 8 * B else 8
+    BC = min(4096 // BS, triton.next_power_of_2(R))
     kernel = latent_combine_kernel[(B * T * H, triton.cdiv(R, BC))](
         part, weight, runs, positions, o_c, B, T, S,
         H=H, R=R, BM=BM, BS=BS, BR=BC, num_warps=4, **overlap(q.device, always=True),

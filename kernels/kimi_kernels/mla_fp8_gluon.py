@@ -41,6 +41,7 @@ from kimi_kernels.mla_decode_gluon import (
     cols,
     describe_tiles,
     later,
+    opaque,
     rows,
 )
 from kimi_kernels.mla_decode_triton import (
@@ -138,8 +139,8 @@ def latent_fp8_gluon(
     P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], gl.float16)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     c_s = gl.allocate_shared_memory(gl.int16, [2, BN, R // 2], C_TILE)
-    r_s = gl.allocate_shared_memory(DT, [BN, L - R], R_TILE)
-    q_s = gl.allocate_shared_memory(F8, [2 * BM, R], Q_TILE)
+    r_s = gl.allocate_shared_memory(DT, [1, BN, L - R], R_TILE)
+    q_s = gl.allocate_shared_memory(F8, [1, 2 * BM, R], Q_TILE)
     p_s = gl.allocate_shared_memory(gl.float16, [BM, BN], P_TILE)
     d_s = gl.allocate_shared_memory(gl.float32, [BM], LINE)
     f_0 = gl.allocate_shared_memory(gl.float32, [BN], LINE)
@@ -165,7 +166,7 @@ def latent_fp8_gluon(
         stop = gl.minimum(end, hi)
         if (gl.minimum(lo + 2, stop) - start) * BN > count_old(positions, i_b, T, S):
             wait_for_inputs(OVERLAP)
-        copy_part(r_tiles, i_b, lo - start, r_s, r_bar, lo < stop)
+        copy_part(r_tiles, i_b, lo - start, r_s.index(0), r_bar, lo < stop)
         for k in gl.static_range(2):
             at = (count + k) % 2
             copy_part(c_tiles, i_b, lo - start + k, c_s.index(at), bars.index(at), lo + k < stop)
@@ -192,7 +193,7 @@ def latent_fp8_gluon(
         # rounded to four bits here: read back from e4m3, it is compiled wrong (CONTRIBUTING.md)
         b_h = (b_q.to(gl.int32, bitcast=True) + 0x80000) & -0x100000
         b_h = b_h.to(gl.float32, bitcast=True)
-        q_s.store(both_halves(b_h.to(F8), ((b_q - b_h) * 16).to(F8)))
+        q_s.index(0).store(both_halves(b_h.to(F8), ((b_q - b_h) * 16).to(F8)))
         b_g = ((b_e - 7) << 23).to(gl.float32, bitcast=True) * (scale * RCP_LN2)
         b_g = gl.convert_layout(b_g, S_M)
         p_f, i_n = factors + i_b.to(gl.int64) * rows_f, (lo - start) * BN + o_f
@@ -209,11 +210,12 @@ def latent_fp8_gluon(
             mbarrier.wait(bars.index(count % 2), (count // 2) & 1)
             c8 = c._reinterpret(F8, [BN, R], C8_TILE)
             b_c = gl.zeros([2 * BM, BN], gl.float32, PRODUCT8)
-            b_c = warpgroup_mma(q_s, c8.permute((1, 0)), b_c, use_acc=False, is_async=True)
+            b_c = warpgroup_mma(opaque(q_s), c8.permute((1, 0)), b_c, use_acc=False, is_async=True)
             b_c = warpgroup_mma_wait(0, deps=[b_c])
             mbarrier.wait(r_bar, count & 1)
             b_r = gl.zeros([2 * BM, BN], gl.float32, PRODUCT)
-            b_r = warpgroup_mma(q_r, r_s.permute((1, 0)), b_r, use_acc=False, is_async=True)
+            b_k = opaque(r_s).permute((1, 0))
+            b_r = warpgroup_mma(q_r, b_k, b_r, use_acc=False, is_async=True)
             b_s, b_l = upper_and_lower(b_c)
             b_s = gl.convert_layout(b_s + b_l * 0.0625, SCORES, assert_trivial=True)
             b_s *= f_0.load(S_N)[None, :]
@@ -233,7 +235,7 @@ def latent_fp8_gluon(
             fence_async_shared()
             b_d = d_s.load(O_M)
             store_scales(b_f, f_0, f_1, f_2)
-            copy_part(r_tiles, i_b, i + 1, r_s, r_bar, i + 1 < stop - start)
+            copy_part(r_tiles, i_b, i + 1, r_s.index(0), r_bar, i + 1 < stop - start)
             x = sort_pairs(c.slice(0, J).permute((1, 0)).load(O_A))
             if gl.min(b_d, 0) < 1:
                 b_0, b_1 = b_0 * b_d[None, :], b_1 * b_d[None, :]
