@@ -24,6 +24,7 @@ no program left. So kernels around one with much shared memory should want the s
 
 import ctypes
 import functools
+import os
 from typing import Any
 
 import torch
@@ -43,19 +44,24 @@ def overlap(device: torch.device, always: bool = False) -> dict[str, Any]:
     return {"OVERLAP": able} | ({"launch_pdl": True} if early else {})
 
 
+CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
+
+
 @functools.cache
 def prefer_shared(kernel: Any) -> None:
     """A multiprocessor that runs this kernel should have as much shared memory as it can.
 
-    Then a kernel that needs it begins there while this one runs, and not when it has ended.
+    Then a kernel that needs it begins there while this one runs, and not when it has ended. Triton
+    has no option for it.
 
     kernel: what the launch has returned; None in the interpreter.
     """
-    if kernel is None or torch.version.cuda is None:
+    if kernel is None or kernel.metadata.target.backend != "cuda":
         return
-    carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
-    function = ctypes.c_void_p(kernel.function)
-    error = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(function, carveout, 100)
+    if kernel.metadata.target.arch < 90:  # nothing begins early there
+        return
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    error = driver.cuFuncSetAttribute(ctypes.c_void_p(kernel.function), CARVEOUT, 100)
     if error:
         raise RuntimeError(f"CUDA error {error} where {kernel.name} asks for shared memory")
 
