@@ -75,8 +75,9 @@ _overlapping = ContextVar("overlapping", default=False)
 def overlapping() -> Iterator[None]:
     """Inside a `with` block kernels may read ahead what was there before the last one (overlap.py).
 
-    No kernel writes a weight there, and none before `kda_step` its states, q, k, v or b: the one
-    just before it has made f or the gate.
+    No kernel writes a weight there. The one just before `kda_step` has made f or the gate, not its
+    states, q, k, v or b, and those before `latent_attention` have written no latents but those at
+    its positions.
     """
     token = _overlapping.set(True)
     try:
