@@ -123,9 +123,9 @@ def test_runs(n, dtype, processors):
     assert (o[[2, 7]] == 0).all()
 
 
-@pytest.mark.parametrize("B, n", [(1, 300), (4, 128)])
+@pytest.mark.parametrize("B, n", [(1, 300), (4, 128), (4, 30)])
 def test_more_runs_than_are_merged_together(B, n, dtype, processors):
-    """128 of few sequences, otherwise 32; the maximum moves."""
+    """128 of few sequences, 32, or 8 of many; the maximum moves."""
     processors(n)
     q, latent, w_kv = make(1, 4200, B=B, H=1, dtype=dtype)
     q[..., :-1], q[..., -1] = 0, 1
