@@ -29,7 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kimi_kernels.dispatch import capability
-from kimi_kernels.mla_decode_triton import LOW, Rows, count_old, count_visible, find_run
+from kimi_kernels.mla_decode_triton import (
+    LOW,
+    Rows,
+    count_visible,
+    find_run,
+    wait_for_new_latents,
+)
 from kimi_kernels.overlap import wait_for_inputs
 from kimi_kernels.triton_math import RCP_LN2, ex2
 
@@ -116,8 +122,8 @@ def latent_decode_gluon(
         n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
         end = start + (n + BN - 1) // BN
         stop = gl.minimum(end, hi)
-        if (gl.minimum(lo + 2, stop) - start) * BN > count_old(positions, i_b, T, S):
-            wait_for_inputs(OVERLAP)
+        two_tiles = (gl.minimum(lo + 2, stop) - start) * BN
+        wait_for_new_latents(positions, i_b, two_tiles, T, S, OVERLAP)
         for k in gl.static_range(2):
             i, wanted = lo - start + k, lo + k < stop
             copy_tile(c_tiles, r_tiles, i_b, i, c_s, r_s, bars, count + k, wanted)

@@ -62,8 +62,11 @@ def count_visible(positions, i_b, m_b, i_m, T, S, H: tl.constexpr, BM: tl.conste
 
 
 @triton.jit
-def count_old(positions, i_b, T, S):
-    """Latents of sequence i_b, 0..S, before the first of its new tokens."""
+def wait_for_new_latents(positions, i_b, end, T, S, OVERLAP: tl.constexpr):
+    """Before latents below `end` of sequence i_b are read: wait, if new tokens are among them.
+
+    Those are at its positions, and may still be on their way; older ones are from before.
+    """
     n = S
     if positions is None:
         n = S - T
@@ -71,7 +74,8 @@ def count_old(positions, i_b, T, S):
         for t in range(T):
             at = tl.load(positions + i_b.to(tl.int64) * T + t)
             n = tl.where(at < 0, n, tl.minimum(n, at)).to(tl.int32)
-    return n
+    if end > n:
+        wait_for_inputs(OVERLAP)
 
 
 @triton.jit

@@ -47,10 +47,10 @@ from kimi_kernels.mla_decode_gluon import (
 from kimi_kernels.mla_decode_triton import (
     LOW,
     Rows,
-    count_old,
     count_visible,
     find_run,
     load_scales,
+    wait_for_new_latents,
 )
 from kimi_kernels.overlap import wait_for_inputs
 from kimi_kernels.triton_math import RCP_LN2, ex2, lg2
@@ -164,8 +164,8 @@ def latent_fp8_gluon(
         n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
         end = start + (n + BN - 1) // BN
         stop = gl.minimum(end, hi)
-        if (gl.minimum(lo + 2, stop) - start) * BN > count_old(positions, i_b, T, S):
-            wait_for_inputs(OVERLAP)
+        two_tiles = (gl.minimum(lo + 2, stop) - start) * BN
+        wait_for_new_latents(positions, i_b, two_tiles, T, S, OVERLAP)
         copy_part(r_tiles, i_b, lo - start, r_s.index(0), r_bar, lo < stop)
         for k in gl.static_range(2):
             at = (count + k) % 2

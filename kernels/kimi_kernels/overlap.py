@@ -9,10 +9,10 @@ of `dispatch.overlapping` a kernel is launched, and reads its weights, while the
 
 Every kernel of such a chain passes `wait_for_inputs` in each of its programs. So whatever stands
 before it may count on all kernels but the one just before; and where that one is `EARLY` not on
-the one before it either. `kda_step` counts on them for its states, q, k, v and beta,
+the one before it either, and so on. `kda_step` counts on them for its states, q, k, v and beta,
 `decode_experts` for what has been chosen: the kernel just before has made `f` and the gate, or the
-hidden features. `latent_attention` counts on all but the three before it, which make q and the new
-latents, store those and make q_c, for the older latents.
+hidden features. The decoding in `latent_attention` counts on all but the three before it, which
+make q and the new latents, store those and make q_c, for the older latents.
 
 Kernels of other libraries do not begin early, and the first kernel after one of them begins when
 it ends.
@@ -56,9 +56,10 @@ def prefer_shared(kernel: Any) -> None:
 
     kernel: what the launch has returned; None in the interpreter.
     """
-    if kernel is None or kernel.metadata.target.backend != "cuda":
+    if kernel is None:
         return
-    if kernel.metadata.target.arch < 90:  # nothing begins early there
+    target = kernel.metadata.target
+    if target.backend != "cuda" or target.arch < 90:  # nothing begins early there
         return
     driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     error = driver.cuFuncSetAttribute(ctypes.c_void_p(kernel.function), CARVEOUT, 100)

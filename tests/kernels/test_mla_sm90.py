@@ -53,7 +53,7 @@ def test_machine_code(kernel, tmp_path):
         if x.name == "latent_fp8_gluon":
             stack, room = 48, 113 if T * H <= 32 else 227  # for two programs, or one
         assert not x.broken and x.shared <= room * 1024 and x.stack <= stack, str(x)
-        # all but the decoding itself, which has no memory left for what would begin early
+        # all but the decoding itself
         assert x.words["PREEXIT"] and x.early == (x.name != kernel), str(x)
         if dtype == "float32":  # exact products
             assert not x.words["HGMMA"] and not x.words["HMMA"]
