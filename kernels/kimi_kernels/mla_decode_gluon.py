@@ -155,12 +155,14 @@ def latent_decode_gluon(
             b_s = warpgroup_mma_wait(0, deps=[b_s])
             seen = i * BN + rows(BN, SCORES) <= last
             b_s = gl.where(seen, b_s * (scale * RCP_LN2), -float("inf"))
-            b_x = gl.maximum(b_m, gl.max(b_s, 0))
+            b_x = gl.max(b_s, 0)
+            b_x = gl.where(b_x > b_m + 15, b_x - 7, b_m)
             b_p, b_d = ex2(b_s - b_x[None, :]), ex2(b_m - b_x)
             b_w = b_w * b_d[None, :] + b_p  # summed over the latents at the end
             p_s.index(0).store(b_p.to(DT))
             fence_async_shared()
-            b_o *= gl.convert_layout(b_d, O_M)[None, :]
+            if gl.min(b_d, 0) < 1:
+                b_o *= gl.convert_layout(b_d, O_M)[None, :]
             b_o = warpgroup_mma(c.permute((1, 0)), opaque(p_s), b_o, is_async=True)
             b_o = warpgroup_mma_wait(0, deps=[b_o])
             wanted = i + 2 < stop - start

@@ -15,12 +15,14 @@ The order of every sum is fixed by the lengths, so two runs are bit-equal.
 
 Scores are [latents, queries] and the output [channels, queries]: of latents and channels there are
 enough for the rows of a product, 64 in a `wgmma`, and a tile of latents is the left operand of both
-products. Softmax is in log2, sums are in fp32. Hopper has a `decode` of its own for the usual
+products. Sums are in fp32, weights are 2^(s - x) in the dtype of q. x is 7 below the maximum when
+it is set, and set again when the maximum is more than 15 above it: sums are seldom rescaled, and in
+fp16 a weight is lost only 2^31 below the largest. Hopper has a `decode` of its own for the usual
 latents, in mla_decode_gluon.py and mla_fp8_gluon.py; the one here takes all, from pointers.
 
 The scale a of a latent in fp8 (latents.py) is taken out of both products: the first is multiplied
-by it, and in the second it is a part of the weight. That weight, 2^(s + log2 a - maximum), is at
-most 1 as well, so it fits into any dtype; the sum of weights has it divided by a.
+by it, and in the second it is a part of the weight, 2^(s + log2 a - x), whose maximum x follows.
+The sum of weights has it divided by a.
 """
 
 import functools
@@ -127,8 +129,8 @@ def latent_decode_kernel(
     q_c, o [H, B, T, R]; q [B, T, H, D], k_r's part last; c: rows_c rows of s_c per sequence, each
     with k_r behind it. With `factors`, the scales, rows_f per sequence, c has the bytes of e4m3
     and k_r is apart, likewise.
-    Of run p + b: part [P+B-1, T, H, R], sum of 2^(s - maximum) c; weight [P+B-1, T, H, 2], maximum
-    and sum of 2^(s - maximum). runs [B, blocks, 2]: first slot and number of a sequence.
+    Of run p + b: part [P+B-1, T, H, R], sum of 2^(s - x) c; weight [P+B-1, T, H, 2], x and sum of
+    2^(s - x). runs [B, blocks, 2]: first slot and number of a sequence.
     """
     wait_for_inputs(OVERLAP)
     blocks = tl.cdiv(T * H, BM)
@@ -182,7 +184,8 @@ def latent_decode_kernel(
             if factors is not None:
                 b_s += lg2(b_f)[:, None]
             b_s = tl.where(o_i[:, None] <= last[None, :], b_s, -float("inf"))
-            b_x = tl.maximum(b_m, tl.max(b_s, 0))
+            b_x = tl.max(b_s, 0)
+            b_x = tl.where(b_x > b_m + 15, b_x - 7, b_m)
             b_p, b_d = ex2(b_s - b_x[None, :]), ex2(b_m - b_x)
             b_z = b_p if factors is None else b_p * (1 / b_f)[:, None]
             b_w = b_w * b_d[None, :] + b_z  # summed over the latents at the end

@@ -16,9 +16,7 @@ For the copy engine and for the loads into registers two neighbouring bytes are 
 bits. In the output the pairs are of one channel pair and two latents: even and odd channels are two
 sums, and while the product of one runs, the other's operand is converted.
 
-Weights are 2^(s - x) in fp16. x is 7 below the maximum when it is set, and set again when the
-maximum is more than 15 above it: sums are seldom rescaled, and a weight is lost only 2^31 below the
-largest.
+Weights are in fp16, of bf16 queries too.
 """
 
 from typing import Any

@@ -9,7 +9,7 @@ import torch
 
 from kimi_kernels import backend, latent_attention, mla_decode_gluon
 from kimi_kernels import mla_decode_triton as decode
-from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as
+from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, rel_err
 
 SMALL = {"D_n": 8, "P": 8, "D_v": 5, "R": 24}
 RELEASED = {"H": 32, "D_n": 128, "P": 64, "D_v": 128, "R": 512}
@@ -185,6 +185,19 @@ def test_scores_that_grow_and_fall(dtype, processors):
     ramp = torch.arange(300.0, device=DEVICE)
     latent[..., -1] = torch.stack((ramp, -ramp, ramp - 1e3))
     check((q, latent, w_kv))
+
+
+def test_many_weights_far_below_the_largest(dtype, processors):
+    """2^26 below, less than fp16 has below 1, of latents that are all there is to sum."""
+    processors(2)
+    q, latent, w_kv = make(1, 300, B=1, H=2, dtype=dtype)
+    q[..., :-1], q[..., -1] = 0, 1
+    latent[..., :-1] = latent[..., :-1].abs() * 100
+    latent[..., -1] = -torch.rand(300, device=DEVICE)
+    latent[:, 0], latent[:, 0, -1] = 0, 18
+    args = q, latent, w_kv
+    gold = run("reference", [x.double() for x in args], 1.0)
+    assert rel_err(run("triton", args, 1.0), gold) < 1e-2
 
 
 def test_equal_latents(dtype):
