@@ -17,7 +17,7 @@ from kimi_kernels.operators import wants_gradient
 from kimi_kernels.rms_norm import rms_norm
 
 MOST_ROWS = 2  # of x; for more, tensor cores are faster than reading each weight into registers
-TILE_ROWS = 16  # of x in 16 bits, of a launch on tensor cores; for more, or one weight, cuBLAS
+TILE_ROWS = 128  # of x in 16 bits, of a launch on tensor cores; for more, or one weight, cuBLAS
 
 
 def few_rows(x: Tensor) -> bool:
@@ -42,7 +42,7 @@ def fused_linears(
     """y_i = x_i W_i^T, or residual + rms_norm(x_i) W_i^T; a tensor may be given several times.
 
     Triton makes them in one launch for up to 2 rows of x without a gradient, in fp32 up to the
-    output, and several products in 16 bits without a norm for up to 16. Otherwise, and for a
+    output, and several products in 16 bits without a norm for up to 128. Otherwise, and for a
     compiler, they are `rms_norm` and `torch.nn.functional.linear`.
 
     Args:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_kernels.linears import MOST_ROWS, TILE_ROWS
+from kimi_kernels.linears import MOST_ROWS
 from kimi_kernels.overlap import overlap, wait_for_inputs
 
 COLUMNS = 256  # of a weight, per step of a program: 16 bytes per thread and row
@@ -125,9 +125,12 @@ def pick_tiles(N: int, K: int, rows: int) -> dict[str, int]:
     ahead, 128 registers; else two steps for one token: with 68 registers 3696 programs run at once.
     """
     if rows > MOST_ROWS:
-        BN, BK = 32 if N > 8192 else 64, min(128, max(16, triton.next_power_of_2(K)))
-        tiles = {"BM": TILE_ROWS, "BN": BN, "BK": BK, "AHEAD": 0}
-        return tiles | {"num_warps": 4, "num_stages": 4}
+        BM, BN, BK, stages = 16, 32 if N > 8192 else 64, 128, 4
+        if rows > 16:  # two programs, of 96 KB, on each of 132 multiprocessors
+            BM, BN, BK = triton.next_power_of_2(rows), 64, 64
+            stages = 6 if BM <= 64 and N <= 264 * BN else 4
+        tiles = {"BM": BM, "BN": BN, "BK": min(BK, max(16, triton.next_power_of_2(K)))}
+        return tiles | {"AHEAD": 0, "num_warps": 4, "num_stages": stages}
     BN = 16 if K <= COLUMNS else 4 if N > MOST_SHORT and rows == 1 else 2
     BM, BK = triton.next_power_of_2(rows), min(COLUMNS, triton.next_power_of_2(K))
     ahead = 32 // BN if N // BN <= 2048 else 2 if rows == 1 and N <= MOST_SHORT else 0

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.operators import dispatch
+from kimi_kernels.overlap import overlap, wait_for_inputs
 
 TILE = 4096  # elements per step of a program: 4.6 KB of a released row in bf16
 PROGRAMS = 512  # of the backward pass: each has a partial sum of dw
@@ -24,18 +25,19 @@ def normalise(b_h, b_w, eps, D: tl.constexpr):
 def rms_norm_fwd_kernel(
     x, residual, w, y, h, r,
     N, eps,
-    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_n, m_d = o_n < N, o_d < D
     p, m = o_n[:, None] * D + o_d[None, :], m_n[:, None] & m_d[None, :]
+    b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+    wait_for_inputs(OVERLAP)
     b_h = tl.load(x + p, mask=m, other=0.0)  # [BN, BD]
     if residual is not None:
         b_h = b_h.to(tl.float32) + tl.load(residual + p, mask=m, other=0.0).to(tl.float32)
         b_h = b_h.to(h.dtype.element_ty)
         tl.store(h + p, b_h, mask=m)
-    b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     b_y, b_r = normalise(b_h, b_w, eps, D)
     tl.store(r + o_n, b_r, mask=m_n)
     tl.store(y + p, b_y.to(y.dtype.element_ty), mask=m)
@@ -90,7 +92,7 @@ def rms_norm_fwd(
     r = torch.empty(N, dtype=torch.float32, device=x.device)
     if N:
         grid = (triton.cdiv(N, size["BN"]),)
-        rms_norm_fwd_kernel[grid](x, residual, w, y, h, r, N, eps, **size)
+        rms_norm_fwd_kernel[grid](x, residual, w, y, h, r, N, eps, **size, **overlap(x.device))
     return y, h, r
 
 

@@ -36,7 +36,7 @@ def check(xs, weights, dtype=None, residual=None):
 
 @each_dtype
 @pytest.mark.parametrize(
-    "rows", [(1,), (1, 1), (2, 1), (3,), (1, 4), (8,), (2, 4), (16,), (17,)], ids=str
+    "rows", [(1,), (1, 1), (2, 1), (3,), (1, 4), (8,), (2, 4), (16,), (17,), (3, 43)], ids=str
 )
 @pytest.mark.parametrize("shared", [True, False])
 def test_rows(rows, shared, dtype):
@@ -46,7 +46,7 @@ def test_rows(rows, shared, dtype):
 @each_dtype
 @pytest.mark.parametrize("K", [1, 31, 256, 300, 1000])
 @pytest.mark.parametrize("sizes", [(1,), (2, 3), (64, 5, 64)], ids=str)
-@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("rows", [2, 8, 40])
 def test_sizes(rows, K, sizes, dtype):
     check(*make((rows,), K, sizes, dtype))
 
@@ -72,8 +72,8 @@ def test_residual_without_a_norm(rows, dtype):
         ((3,), torch.float32, False, False),
         ((3,), torch.float16, False, True),
         ((3,), torch.float16, True, False),
-        ((16,), torch.float16, False, True),
-        ((17,), torch.float16, False, False),
+        ((TILE_ROWS,), torch.float16, False, True),
+        ((TILE_ROWS + 1,), torch.float16, False, False),
     ],
 )
 def test_what_is_one_launch(rows, dtype, normed, one, monkeypatch):
@@ -130,14 +130,20 @@ def test_tiles_of_many_outputs(N, rows, BN, AHEAD, dtype, monkeypatch):
     check_block(rows, 1000, 70 + BN // 2, dtype)
 
 
-@pytest.mark.parametrize("N, BN", [(8192, 64), (8193, 32)])
+@pytest.mark.parametrize(
+    "rows, N, BM, BN, stages",
+    [
+        (8, 8192, 16, 64, 4), (16, 8193, 16, 32, 4), (17, 16896, 32, 64, 6),
+        (33, 16897, 64, 64, 4), (TILE_ROWS, 8192, TILE_ROWS, 64, 4),
+    ],
+)  # fmt: skip
 @half
-def test_tiles_on_tensor_cores(N, BN, dtype, monkeypatch):
-    """Of weights that end within a tile, as they do with fewer outputs and with more than 8192."""
-    picked = linears_triton.pick_tiles(N, 1000, 8)
-    assert (picked["BN"], picked["BM"]) == (BN, TILE_ROWS)
+def test_tiles_on_tensor_cores(rows, N, BM, BN, stages, dtype, monkeypatch):
+    """Of weights that end within a tile, and tiles for more outputs than are here."""
+    picked = linears_triton.pick_tiles(N, 1000, rows)
+    assert [picked[x] for x in ("BM", "BN", "num_stages")] == [BM, BN, stages]
     monkeypatch.setattr(linears_triton, "pick_tiles", lambda N, K, rows: picked)
-    check(*make((8,), 1000, (70, BN, 1, 0, BN + 1), dtype))
+    check(*make((rows,), 1000, (70, BN, 1, 0, BN + 1), dtype))
 
 
 @pytest.mark.parametrize("rows, dtype", [(2, torch.float32), (8, torch.float16)], ids=str)
@@ -206,7 +212,7 @@ def test_errors(change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 17, 48, 100, TILE_ROWS])
 @pytest.mark.parametrize("sizes", [(4096, 4096, 4096, 128, 32, 128), (163840,)], ids=str)
 @each_dtype
 def test_released_sizes(rows, sizes, dtype):
@@ -256,13 +262,14 @@ def test_a_chain_of_launches_that_begin_early(D, F):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("D, F", [(64, 48), (2304, 9216)])
-def test_a_chain_of_tiles_that_begin_early(D, F):
-    """The same of eight rows, with two products in a launch and nothing between the launches."""
+@pytest.mark.parametrize("rows", [8, 48, 100])
+def test_a_chain_of_tiles_that_begin_early(rows, D, F):
+    """The same of more rows, with two products in a launch and nothing between the launches."""
     up, down = (
         torch.randn(20, 2, *shape, device=DEVICE).bfloat16() / shape[1] ** 0.5
         for shape in ((F, D), (D, F))
     )
-    x = torch.randn(2, 8, D, device=DEVICE).bfloat16()
+    x = torch.randn(2, rows, D, device=DEVICE).bfloat16()
 
     def chain(y):
         ys = y.unbind()

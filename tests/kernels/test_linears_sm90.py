@@ -16,6 +16,8 @@ CASES = {  # rows, inputs, outputs, whether there is a norm, whether there is a 
     "two tokens, output projection": (2, 4096, (2304,), False, True),
     "eight tokens": (8, 2304, (4096, 4096, 4096, 128, 128, 32), False, False),
     "eight tokens, projections of MLA": (8, 2304, (6144, 576), False, False),
+    "48 tokens": (48, 2304, (4096, 4096, 4096, 128, 128, 32), False, False),
+    "128 tokens": (128, 2304, (9216, 9216), False, False),
 }
 
 

@@ -27,7 +27,7 @@ def test_decoding_at_released_widths(T, dtype):
     check(make(T, E, D, F, k, dtype), gradients=False)
 
 
-@pytest.mark.parametrize("T", [1, 8])
+@pytest.mark.parametrize("T", [1, 8, 48])
 def test_a_chain_of_layers_that_begin_early(T):
     """Twenty of one layer's experts, each time chosen anew by what the time before has given."""
 

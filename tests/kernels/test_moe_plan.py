@@ -50,9 +50,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("BM", [16, 128])
+@pytest.mark.parametrize("launches", [1, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_plan(name, BM):
+def test_plan(name, launches, BM, monkeypatch):
+    monkeypatch.setattr(plan_triton, "FEW", 0 if launches == 3 else 8192)
     check(*CASES[name], BM)
+
+
+@pytest.mark.parametrize("S", [plan_triton.FEW, plan_triton.FEW + 1])
+def test_the_last_of_one_launch(S):
+    check(draw(S, 1, 0, 10), 9, 16)
 
 
 @pytest.mark.parametrize("counts", [[1] * 5, [17, 1, 1], [16, 32], [33, 0, 0, 15]])
@@ -69,6 +76,7 @@ def test_worst_case_is_reached():
 
 
 def test_chunks_do_not_change_it(monkeypatch):
+    monkeypatch.setattr(plan_triton, "FEW", 0)
     index = draw(100, 8, 0, 20)
     want = plan_slots(index.to(DEVICE), 18, 16)
     monkeypatch.setattr(plan_triton, "CHUNK", 1024)

@@ -351,8 +351,8 @@ def test_dense_layer_of_a_decode_step(model, monkeypatch):
         (2, torch.float32, True, True),
         (3, torch.float32, False, False),
         (3, torch.bfloat16, True, False),
-        (16, torch.bfloat16, True, False),
-        (17, torch.bfloat16, False, False),
+        (128, torch.bfloat16, True, False),
+        (129, torch.bfloat16, False, False),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from kimi_kernels.moe.decode_triton import DECODE_SLOTS, decode_experts
 from kimi_kernels.moe.grouped_gemm import Tile, accumulate, row_tile, rows_product
 from kimi_kernels.moe.plan_triton import Plan, plan_slots
 from kimi_kernels.moe.reference import shared_mlp
+from kimi_kernels.overlap import overlap, wait_for_inputs
 from kimi_kernels.triton_math import sigmoid
 
 # ---- kernels -----------------------------------------------------------------------------------
@@ -47,8 +48,10 @@ def gate_up_kernel(
     MT, depth,
     TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, SAVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """h [S, F] = SiLU(gate) up, with gate | up = gu [S, 2F] = x[token] w[e]^T, stored if SAVE."""
+    wait_for_inputs(OVERLAP)
     NF: tl.constexpr = (2 * F + BN - 1) // BN
     i_t, i_f = tl.program_id(0) // NF, tl.program_id(0) % NF
     i_e, first, end = tl.load(tiles + i_t), tl.load(tiles + MT + i_t), tl.load(tiles + 2 * MT + i_t)
@@ -70,9 +73,10 @@ def gate_up_kernel(
 def combine_kernel(
     y, position, offsets, weights, out,
     E: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    WEIGHTED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum_j weights[t, j] y[position[t, j]] in fp32, in the order of j."""
+    wait_for_inputs(OVERLAP)
     i_t, o_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     rows = tl.load(offsets + E)
     acc = tl.zeros([BD], tl.float32)
@@ -100,7 +104,7 @@ def hidden_rows(
     MT = plan.tiles.shape[1]
     gate_up_kernel[(MT * triton.cdiv(F2, tile.BN),)](
         x, gate_up, plan.order, plan.tiles, h, gu, MT, D,
-        TOP_K=top_k, D=D, F=F, SAVE=save, **tile.options(x.dtype),
+        TOP_K=top_k, D=D, F=F, SAVE=save, **tile.options(x.dtype), **overlap(x.device),
     )  # fmt: skip
     return h, gu
 
@@ -113,6 +117,7 @@ def combine(y: Tensor, plan: Plan, weights: Tensor | None, T: int) -> Tensor:
     combine_kernel[(T, triton.cdiv(D, BD))](
         y, plan.position, plan.offsets, weights, out,
         E=E, TOP_K=S // T, D=D, BD=BD, WEIGHTED=weights is not None, num_warps=max(1, BD // 256),
+        **overlap(y.device),
     )  # fmt: skip
     return out
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from kimi_kernels.dispatch import device_limits
 from kimi_kernels.moe import weights_gluon
 from kimi_kernels.moe.plan_triton import Plan
+from kimi_kernels.overlap import overlap, wait_for_inputs
 
 
 class Tile(NamedTuple):
@@ -117,11 +118,13 @@ def rows_kernel(
     MT, depth,
     K: tl.constexpr, N: tl.constexpr, TRANS: tl.constexpr, GATHER: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [S, N] = a times w[e]^T, w [E, N, K], or if TRANS times w[e], w [E, K, N].
 
     a [S, K], or if GATHER > 0 [T, K], which a row reads at its token, slot // GATHER.
     """
+    wait_for_inputs(OVERLAP)
     NN: tl.constexpr = (N + BN - 1) // BN
     i_t, i_n = tl.program_id(0) // NN, tl.program_id(0) % NN
     i_e, first, end = tl.load(tiles + i_t), tl.load(tiles + MT + i_t), tl.load(tiles + 2 * MT + i_t)
@@ -191,7 +194,7 @@ def rows_product(
     MT = plan.tiles.shape[1]
     rows_kernel[(MT * triton.cdiv(N, tile.BN),)](
         a, w, plan.order, plan.tiles, out, MT, K,
-        K=K, N=N, TRANS=trans, GATHER=gather, **tile.options(a.dtype),
+        K=K, N=N, TRANS=trans, GATHER=gather, **tile.options(a.dtype), **overlap(a.device),
     )  # fmt: skip
     return out
 

@@ -1,7 +1,7 @@
 """Where the rows of each expert lie: slots (token, j) sorted by expert, and the tiles of its rows.
 
-A counting sort in three launches, or in one for a single chunk of slots. It is stable and needs
-neither atomics nor a host sync: every size that the host has to know is a worst case.
+A counting sort in three launches, or in one where a program may well read all slots. It is stable
+and needs neither atomics nor a host sync: every size that the host has to know is a worst case.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_kernels.overlap import overlap, wait_for_inputs
+
 CHUNK = 256  # slots per program
+FEW = 2048  # slots that one launch places: every expert's program reads them all
 PART = tl.constexpr(32)  # slots compared with a chunk at a time: 64 registers for 4 warps
 
 
@@ -59,23 +62,40 @@ def slot_scan_kernel(counts, totals, NC, BC: tl.constexpr):
     tl.store(totals + i_e, before)
 
 
+@triton.jit
+def write_tiles(n, i_e, offsets, tiles, MT, E: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr):
+    """First row of expert i_e, which with its tiles is written; n [BE]: rows per expert, then zeros.
+
+    E itself has what is left of the tiles.
+    """
+    o_e = tl.arange(0, n.shape[0])
+    before = o_e < i_e
+    first = tl.sum(tl.where(before, n, 0), 0)
+    t = tl.sum(tl.where(before, (n + BM - 1) // BM, 0), 0)
+    last = first + tl.sum(tl.where(o_e == i_e, n, 0), 0)
+    end, value = MT, -1
+    if i_e < E:
+        end = t + (last - first + BM - 1) // BM
+        value = i_e
+    for i in range(t, end, BT):
+        o_t = i + tl.arange(0, BT)
+        tl.store(tiles + o_t, tl.full([BT], value, tl.int32), mask=o_t < end)
+        row = first + (o_t - t) * BM
+        tl.store(tiles + MT + o_t, row, mask=o_t < end)
+        tl.store(tiles + 2 * MT + o_t, tl.minimum(row + BM, last), mask=o_t < end)
+    tl.store(offsets + i_e, first)
+    return first
+
+
 @triton.jit(do_not_specialize=["S", "NC", "MT"])
 def slot_place_kernel(
     index, counts, totals, order, position, offsets, tiles,
     S, NC, MT,
     E: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    ONE: tl.constexpr,
 ):  # fmt: skip
-    """Program c < NC places a chunk, NC + e writes expert e's tiles, NC + E what is left of them.
-
-    ONE: there is one chunk, and it is counted here.
-    """
+    """Program c < NC places a chunk, NC + e writes expert e's tiles, NC + E what is left of them."""
     i_p, o_e = tl.program_id(0), tl.arange(0, BE)
-    if ONE:
-        n = tl.histogram(slot_expert(index, tl.arange(0, C), S, E), BE)
-        n = tl.where(o_e < E, n, 0)
-    else:
-        n = tl.load(totals + o_e, mask=o_e < E, other=0)
+    n = tl.load(totals + o_e, mask=o_e < E, other=0)
     if i_p < NC:
         o = i_p.to(tl.int64) * C + tl.arange(0, C)
         e = slot_expert(index, o, S, E)
@@ -86,27 +106,28 @@ def slot_place_kernel(
             rank += tl.sum((same & (o_j[None, :] < o[:, None])).to(tl.int32), 1)
         m = o < S
         place = tl.gather(tl.cumsum(n, 0) - n, e, 0) + rank
-        if not ONE:
-            place += tl.load(counts + e.to(tl.int64) * NC + i_p, mask=m, other=0)
+        place += tl.load(counts + e.to(tl.int64) * NC + i_p, mask=m, other=0)
         tl.store(position + o, place, mask=m)
         tl.store(order + place, o.to(tl.int32), mask=m)
     else:
-        i_e = i_p - NC  # E: behind the last tile
-        before = o_e < i_e
-        first = tl.sum(tl.where(before, n, 0), 0)
-        t = tl.sum(tl.where(before, (n + BM - 1) // BM, 0), 0)
-        last = first + tl.sum(tl.where(o_e == i_e, n, 0), 0)
-        end, value = MT, -1
-        if i_e < E:
-            end = t + (last - first + BM - 1) // BM
-            value = i_e
-        for i in range(t, end, BT):
-            o_t = i + tl.arange(0, BT)
-            tl.store(tiles + o_t, tl.full([BT], value, tl.int32), mask=o_t < end)
-            row = first + (o_t - t) * BM
-            tl.store(tiles + MT + o_t, row, mask=o_t < end)
-            tl.store(tiles + 2 * MT + o_t, tl.minimum(row + BM, last), mask=o_t < end)
-        tl.store(offsets + i_e, first)
+        write_tiles(n, i_p - NC, offsets, tiles, MT, E, BM, BT)
+
+
+@triton.jit(do_not_specialize=["S", "MT"])
+def slot_plan_kernel(
+    index, order, position, offsets, tiles, S, MT,
+    E: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program e finds expert e's among C slots, places them and writes its tiles; E as above."""
+    wait_for_inputs(OVERLAP)
+    i_e, o, o_e = tl.program_id(0), tl.arange(0, C), tl.arange(0, BE)
+    e = slot_expert(index, o, S, E)
+    n = tl.where(o_e < E, tl.histogram(e, BE), 0)
+    own = (e == i_e) & (o < S)
+    row = write_tiles(n, i_e, offsets, tiles, MT, E, BM, BT) + tl.cumsum(own.to(tl.int32), 0) - 1
+    tl.store(position + o, row, mask=own)
+    tl.store(order + row, o, mask=own)
 
 
 # ---- launcher ----------------------------------------------------------------------------------
@@ -126,13 +147,17 @@ def plan_slots(index: Tensor, E: int, BM: int) -> Plan:
         return torch.empty(shape, dtype=torch.int32, device=index.device)
 
     plan = Plan(ints(S), ints(S), ints(E + 1), ints(3, MT))
-    index, BE, counts, totals = index.contiguous(), triton.next_power_of_2(E + 1), None, None
-    if NC > 1:
-        counts, totals = ints(E + 1, NC), ints(E + 1)
-        slot_count_kernel[(NC,)](index, counts, S, NC, E=E, BE=BE, C=CHUNK)
-        slot_scan_kernel[(E + 1,)](counts, totals, NC, BC=min(1024, triton.next_power_of_2(NC)))
+    index, sizes = index.contiguous(), {"E": E, "BE": triton.next_power_of_2(E + 1)}
+    if S <= FEW:
+        C = max(CHUNK, triton.next_power_of_2(S))
+        slot_plan_kernel[(E + 1,)](
+            index, *plan, S, MT, **sizes, C=C, BM=BM, BT=128, **overlap(index.device)
+        )
+        return plan
+    counts, totals, sizes["C"] = ints(E + 1, NC), ints(E + 1), CHUNK
+    slot_count_kernel[(NC,)](index, counts, S, NC, **sizes)
+    slot_scan_kernel[(E + 1,)](counts, totals, NC, BC=min(1024, triton.next_power_of_2(NC)))
     slot_place_kernel[(NC + E + 1,)](
-        index, counts, totals, *plan, S, NC, MT,
-        E=E, BE=BE, C=CHUNK, BM=BM, BT=128, ONE=NC == 1,
-    )  # fmt: skip
+        index, counts, totals, *plan, S, NC, MT, **sizes, BM=BM, BT=128
+    )
     return plan
