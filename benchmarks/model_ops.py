@@ -129,7 +129,10 @@ MODEL_OPS = (
         name="model",
         mode="throughput",
         tests=MODEL_TESTS,
-        shapes=tuple(_deep_shape(S=S) for S in (4096, 32768, 131072, 524288, 1048576)),
+        shapes=(
+            *(_deep_shape(S=S) for S in (4096, 32768, 131072, 524288, 1048576)),
+            _deep_shape(S=1048576) | {"E": 128},
+        ),
         flops=costs.decode_step_flops,
         bytes=costs.decode_step_bytes,
         inputs=model_decode.decode_inputs,

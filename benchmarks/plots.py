@@ -73,7 +73,7 @@ PLOTS = (
     ),
     _model(
         "model_throughput", "throughput", "S", "decode at the largest batch, 8 layers",
-        paper.LARGEST_BATCH, at={"L": 8},
+        paper.LARGEST_BATCH, at={"L": 8, "E": 256},
     ),
 )  # fmt: skip
 

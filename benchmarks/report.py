@@ -115,18 +115,18 @@ def table(op: str, rows: Sequence[Row]) -> list[str]:
 
 def largest(rows: Sequence[Row]) -> list[str]:
     """Markdown lines: of each context who decodes after it, at batches of their own."""
-    at: dict[tuple[int, int], dict[str, Row]] = {}
+    at: dict[tuple[int, ...], dict[str, Row]] = {}
     for row in rows:
-        at.setdefault((row["shape"]["L"], row["shape"]["S"]), {})[row["provider"]] = row
+        at.setdefault(tuple(row["shape"][x] for x in "LES"), {})[row["provider"]] = row
     floor_of = {whose: name for name, whose in FLOORS.items()}
-    head = ["L", "after S", "model", "GB per sequence", "batch", "ms per step", "ms per token"]
+    head = ["L", "E", "after S", "model", "GB per sequence", "batch", "ms per step", "ms per token"]
     head += ["its floor", "tokens per s", "every layer MLA / this", "by the floors"]
-    lines = [head, [*["---"] * 3, *["---:"] * (len(head) - 3)]]
-    for (L, S), found in sorted(at.items()):
+    lines = [head, [*["---"] * 4, *["---:"] * (len(head) - 4)]]
+    for sizes, found in sorted(at.items()):
         ms = {name: per_token(row) for name, row in found.items()}
         for name in in_order(found.keys() - FLOORS.keys(), provider_order("model")):
             row, floor = found[name], floor_of.get(name, MISSING)
-            line = [str(L), str(S), PROVIDERS.get(name, name), digits(row["cache_mb"] / 1e3)]
+            line = [*map(str, sizes), PROVIDERS.get(name, name), digits(row["cache_mb"] / 1e3)]
             line += [f"{row['batch']:,}", digits(row["ms_p50"]), digits(ms[name])]
             line += [digits(ms[floor]) if floor in ms else MISSING, digits(1e3 / ms[name])]
             for pair in (("all_mla", name), (floor_of["all_mla"], floor)):
@@ -170,7 +170,7 @@ def section(op: str, rows: Sequence[Row], images: Sequence[Drawing], root: Path)
     mine = [row for row in rows if row["op"] == op]
     alone = [row for row in mine if not row["batch"]]
     gpu, dtype = mine[0]["gpu"], mine[0]["dtype"]
-    sizes = constants(mine)
+    sizes = constants(alone or mine)
     caption = f"`{op}` on {gpu}, {dtype}{', ' if sizes else ''}{sizes}, {UNITS.get(op, 'ms')}:"
     lines = ["", caption, "", *table(op, alone), ""] if alone else [""]
     if full := [row for row in mine if row["batch"]]:

@@ -8,7 +8,9 @@ addresses, so it is captured again when a tensor of the cache has moved: after g
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kimi_kernels.dispatch import overlapping, use_triton
+from kimi_kernels.dispatch import may_overlap, overlapping, use_triton
 from kimi_linear.layout import DECODE_TOKENS, decode_layout
 from kimi_linear.linear import project
 
@@ -36,6 +38,31 @@ def why_not_captured(model: KimiLinearForCausalLM) -> str | None:
         if type(p) not in (Tensor, nn.Parameter):
             return f"{name} is a {type(p).__name__}, want a plain tensor"
     return None
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def beside(work: Callable[[], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """A function that gives what `work` makes of x: it runs then, but in a graph beside the rest.
+
+    While a step is captured `work` becomes a branch of the graph, which begins now and ends where
+    the result is asked for. Memory of the branch is only used again in later ones.
+    """
+    if not (x.is_cuda and may_overlap() and torch.cuda.is_current_stream_capturing()):
+        return work
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        y = work()
+
+    def join() -> Tensor:
+        main.wait_stream(side)
+        return y
+
+    return join
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kimi_kernels import expert_mlp, fused_linears, route
 from kimi_kernels.moe import RENORM_EPS
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.decode import beside
 from kimi_linear.linear import are_plain, decodes, has_plain_weight, is_bare, project
 from kimi_linear.norm import KimiLinearRMSNorm
 
@@ -150,13 +151,15 @@ class KimiLinearMoE(nn.Module):
         if norm is not None and not self._fuses(flat, norm):
             y, logits = self(norm(x))
             return x + y, logits
-        logits, weights, index = self.gate(flat, norm)
         if norm is not None:
+            logits, weights, index = self.gate(flat, norm)
             linears = None if shared is None else tuple(m.weight for m in shared.linears())
             y = self.experts(flat, index, weights, linears, (norm.weight, norm.eps))
             return y.view_as(x), logits
+        own = None if shared is None else beside(lambda: shared(x), x)
+        logits, weights, index = self.gate(flat)
         y = self.experts(flat, index, weights).view_as(x)
-        return (y if shared is None else y + shared(x)), logits
+        return (y if own is None else y + own()), logits
 
     def _fuses(self, x: Tensor, norm: KimiLinearRMSNorm) -> bool:
         """Whether norm, router, all experts and the shared one can be decoded together."""

@@ -393,17 +393,22 @@ def test_what_fits():
 
 
 def test_largest_batches():
-    """8 layers: of 1,048,576 tokens 21 and 5 sequences on 80 GB, 48 and 12 on 141 GB."""
-    op, found = OP["throughput"], {}
-    for free in (84e9, 150e9):
-        for S in (4096, 1048576):
-            (shape,) = (s for s in op.shapes if s["S"] == S)
-            found[free, S] = [
-                capacity.largest_batch(op.memory(shape), op.providers[name], shape, free)
-                for name in ("ours", "all_mla")
-            ]
-    assert found[84e9, 4096] == found[150e9, 4096] == [capacity.MOST_ROWS] * 2
-    assert (found[84e9, 1048576], found[150e9, 1048576]) == ([21, 5], [48, 12])
+    """8 layers: of 1,048,576 tokens 21 and 5 sequences on 80 GB, 48 and 12 on 141 GB.
+
+    With half of the experts 26 and 6, 53 and 13.
+    """
+    op = OP["throughput"]
+    found = {
+        (s["S"], s["E"], free): [
+            capacity.largest_batch(op.memory(s), op.providers[name], s, free)
+            for name in ("ours", "all_mla")
+        ]
+        for s in op.shapes
+        for free in (84e9, 150e9)
+    }
+    assert found[4096, 256, 84e9] == found[4096, 256, 150e9] == [capacity.MOST_ROWS] * 2
+    assert [found[1048576, 256, free] for free in (84e9, 150e9)] == [[21, 5], [48, 12]]
+    assert [found[1048576, 128, free] for free in (84e9, 150e9)] == [[26, 6], [53, 13]]
 
 
 def test_a_step_hits_as_many_experts_as_its_bytes_say():

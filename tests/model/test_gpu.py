@@ -7,9 +7,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 from kimi_kernels import backend
+from kimi_linear import KimiLinearConfig, decode
 from kimi_linear import modeling_kimi_linear as modeling
-from kimi_linear.moe import KimiLinearTopkRouter
-from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, rel_err
+from kimi_linear import moe as experts
+from kimi_linear.moe import KimiLinearMoE, KimiLinearTopkRouter
+from tests.helpers import DEVICE, KERNEL_DTYPES, assert_as_good_as, check_early_launches, rel_err
 from tests.model.helpers import build, random_ids, small_config
 
 pytestmark = pytest.mark.gpu
@@ -84,6 +86,33 @@ def batch_of(config, B, padded):
         mask[0, :13] = 0
         ids[0, :13] = config.pad_token_id
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [3, 48, 300])
+@pytest.mark.parametrize("released", [False, True])
+def test_the_shared_expert_beside_the_others(T, released, monkeypatch):
+    """In a graph, of twenty layers, and each time in the memory that the layer before has left."""
+    config, joins = KimiLinearConfig(num_experts=16) if released else small_config(), []
+    with torch.device(DEVICE):
+        moe = KimiLinearMoE(config).bfloat16()
+    for p in moe.parameters():
+        p.normal_(std=p.shape[-1] ** -0.5)
+
+    def beside(work, x):
+        joins.append(decode.beside(work, x))
+        return joins[-1]
+
+    monkeypatch.setattr(experts, "beside", beside)
+
+    def chain(x):
+        for _ in range(20):
+            x = x + moe(x / x.norm(dim=-1, keepdim=True) * 30)[0] / 5
+        return x
+
+    x = torch.randn(1, T, config.hidden_size, device=DEVICE).bfloat16()
+    check_early_launches(chain, x)
+    assert [x.__name__ for x in joins] == 40 * ["<lambda>"] + 20 * ["join"]
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -64,9 +64,9 @@ def slot_scan_kernel(counts, totals, NC, BC: tl.constexpr):
 
 @triton.jit
 def write_tiles(n, i_e, offsets, tiles, MT, E: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr):
-    """First row of expert i_e, which with its tiles is written; n [BE]: rows per expert, then zeros.
+    """First row of expert i_e, which is written like its tiles; E has what is left of those.
 
-    E itself has what is left of the tiles.
+    n [BE]: rows per expert, then zeros.
     """
     o_e = tl.arange(0, n.shape[0])
     before = o_e < i_e
@@ -93,7 +93,7 @@ def slot_place_kernel(
     S, NC, MT,
     E: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Program c < NC places a chunk, NC + e writes expert e's tiles, NC + E what is left of them."""
+    """Program c < NC places a chunk, NC + e writes expert e's tiles, NC + E what is left."""
     i_p, o_e = tl.program_id(0), tl.arange(0, BE)
     n = tl.load(totals + o_e, mask=o_e < E, other=0)
     if i_p < NC:
