@@ -9,6 +9,7 @@ addresses, so it is captured again when a tensor of the cache has moved: after g
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,7 +42,8 @@ def why_not_captured(model: KimiLinearForCausalLM) -> str | None:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for each thread: two may capture at once, and one always takes the same memory."""
     return torch.cuda.Stream(device)
 
 
@@ -53,7 +55,7 @@ def beside(work: Callable[[], Tensor], x: Tensor) -> Callable[[], Tensor]:
     """
     if not (x.is_cuda and may_overlap() and torch.cuda.is_current_stream_capturing()):
         return work
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device, threading.get_ident())
     side.wait_stream(main)
     with torch.cuda.stream(side):
         y = work()
