@@ -33,8 +33,11 @@ parser.add_argument("--resume", action="store_true")
 options = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)
-rows = [labelled(tokenizer, json.loads(line)) for line in options.chats.open(encoding="utf-8")]
+lines = options.chats.open(encoding="utf-8")
+rows = [labelled(tokenizer, json.loads(line)) for line in lines if line.strip()]
 split = max(1, round(len(rows) * options.held_out))  # the last chats are only evaluated on
+if split >= len(rows):
+    parser.error(f"{options.chats} has {len(rows)} chats, of which {split} are held out")
 arguments = TrainingArguments(
     output_dir=str(options.output),
     num_train_epochs=options.epochs,

@@ -48,7 +48,11 @@ def expert_routers(model: nn.Module) -> dict[int, KimiLinearTopkRouter]:
                 if routers:
                     found[i] = routers[-1]
     if not found:
-        raise ValueError(f"model is a {type(model).__name__}, want one with Kimi Linear experts")
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise ValueError(
+            f"model is a {kind}, want one of kimi_linear with experts: import kimi_linear before "
+            "AutoModelForCausalLM.from_pretrained"
+        )
     return found
 
 

@@ -1,9 +1,8 @@
 """What generation carries from one forward to the next: `KimiLinearCache`.
 
 A KDA layer keeps two states of fixed size, the last W-1 inputs of its convolution and S [K, V] per
-head. An
-MLA layer keeps one latent of `kv_lora_rank + qk_rope_head_dim` numbers per token. Padding is never
-stored: row b holds its own `lengths[b]` tokens without gaps, wherever its padding was.
+head. An MLA layer keeps one latent of `kv_lora_rank + qk_rope_head_dim` numbers per token. Padding
+is never stored: row b holds its own `lengths[b]` tokens without gaps, wherever its padding was.
 
 Latents may be kept in fp8. Then a token is seen rounded by every query, also by those that come
 with it: what a model says does not depend on which tokens came in one forward.
@@ -257,6 +256,7 @@ class Snapshot(NamedTuple):
     layers: list[KDALayerCache | LatentLayerCache]
     seen: int
     lengths: Tensor | None
+    kind: tuple[dict, torch.dtype | None]  # of the cache that it is of
 
 
 class KimiLinearCache(Cache):
@@ -269,7 +269,7 @@ class KimiLinearCache(Cache):
 
     `model(..., past_key_values=cache)` and `model.generate(..., past_key_values=cache)` extend it
     in place. `get_seq_length()` counts the columns seen, with padding; `lengths` the real tokens of
-    each row.
+    each row, or it is None while no row had padding.
 
     Raises:
         ValueError: another `latent_dtype`.
@@ -405,10 +405,17 @@ class KimiLinearCache(Cache):
 
     def snapshot(self) -> Snapshot:
         """Remember this point. Copies the states of the KDA layers, not the latents."""
-        return Snapshot([layer.snapshot() for layer in self.layers], self.seen, self.lengths)
+        layers = [layer.snapshot() for layer in self.layers]
+        return Snapshot(layers, self.seen, self.lengths, (self.signature, self.latent_dtype))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this cache, exactly; it can be restored again later."""
+        """Go back to a snapshot of this cache, exactly; it can be restored again later.
+
+        Raises:
+            ValueError: it is of a cache for another config, or with another `latent_dtype`.
+        """
+        if snapshot.kind != (self.signature, self.latent_dtype):
+            raise ValueError(f"snapshot is of another kind of cache: {snapshot.kind}")
         self.rollback.drop()
         self.layers = [layer.snapshot() for layer in snapshot.layers]
         self.seen, self.lengths = snapshot.seen, snapshot.lengths

@@ -75,7 +75,7 @@ def run_train(args: argparse.Namespace) -> None:
     results = train(
         source, texts, Path(args.output),
         steps=args.steps, batch_size=args.batch_size, length=args.length,
-        learning_rate=args.learning_rate, held_out=args.held_out, seed=args.seed,
+        learning_rate=getattr(args, "learning_rate", None), held_out=args.held_out, seed=args.seed,
     )  # fmt: skip
     before, after = results["held_out_loss_before"], results["held_out_loss_after"]
     print(f"held-out loss   {before:.3f} before, {after:.3f} after (nats per token)")
@@ -254,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
         "train",
         run_train,
         "Train on text files. A config.json starts from scratch on bytes; a model directory is "
-        "fine-tuned with its own tokenizer. Saves in the released checkpoint layout.",
+        "fine-tuned in fp32 with its own tokenizer. Saves in the released checkpoint layout.",
     )
     train.add_argument("model", help="a model directory or a config.json")
     train.add_argument("--text", nargs="+", required=True, help="UTF-8 text files")
@@ -262,7 +262,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, default=300, help="optimizer steps")
     train.add_argument("--batch-size", type=int, default=8, help="blocks per step and device")
     train.add_argument("--length", type=int, default=256, help="tokens per block")
-    train.add_argument("--learning-rate", type=float, default=3e-3, help="peak, cosine decay")
+    train.add_argument(
+        "--learning-rate",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="peak, cosine decay; 3e-3 from scratch, else 1e-5",
+    )
     train.add_argument("--held-out", type=float, default=0.1, help="share kept for evaluation")
     train.add_argument("--seed", type=int, default=0, help="of initialisation and data order")
 

@@ -171,7 +171,13 @@ def _real_tokens(mask: Tensor, B: int, T: int, past: int, past_lengths: Tensor |
         )
     real = mask.bool()
     known = (real[:, :past].sum(1) == (past if past_lengths is None else past_lengths)).all()
-    known, full = torch.stack((known, real[:, past:].all())).tolist()
+    binary = ((mask == 0) | (mask == 1)).all()
+    known, full, binary = torch.stack((known, real[:, past:].all(), binary)).tolist()
+    if not binary:
+        raise ValueError(
+            "attention_mask has other values than 1 for tokens and 0 for padding; the numbers of "
+            "packed documents go into seq_idx"
+        )
     if not known:
         raise ValueError(
             "attention_mask marks other past tokens as padding than those in past_key_values: "

@@ -45,6 +45,18 @@ def skips_logits(
     return reason is None
 
 
+def check_labels(
+    labels: Tensor | None, x: Tensor | None, logits_to_keep: int | Tensor, shifted: Tensor | None
+) -> None:
+    """Raise a `ValueError` unless labels are of all tokens of x [B, T, ...], and logits of them."""
+    if labels is None or x is None:
+        return
+    if labels.shape != x.shape[:2]:
+        raise ValueError(f"labels has shape {list(labels.shape)}, want {list(x.shape[:2])}")
+    if shifted is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        raise ValueError("logits_to_keep with labels: the loss takes all logits, want 0")
+
+
 def why_not_fused(model: Any, labels: Tensor | None, logits_to_keep: int | Tensor) -> str | None:
     """What keeps the fused loss from being used, or None.
 

@@ -13,7 +13,7 @@ from kimi_linear.linear import has_plain_weight, project
 from kimi_linear.norm import KimiLinearRMSNorm
 
 LATENT_NORM_EPS = (
-    1e-6  # of the latents' norms, unlike rms_norm_eps (FACTS 5.3: as the release has it)
+    1e-6  # of the latents' norms, unlike rms_norm_eps (as in the released modeling_kimi.py)
 )
 
 

@@ -21,7 +21,7 @@ from kimi_linear.decode import captured_step, decode_graphs
 from kimi_linear.kda import ForgetGate, GatedRMSNorm, KimiDeltaAttention
 from kimi_linear.layout import TokenLayout, packing_arguments, plan_tokens
 from kimi_linear.linear import decodes
-from kimi_linear.loss import head_loss, skips_logits
+from kimi_linear.loss import check_labels, head_loss, skips_logits
 from kimi_linear.mla import KimiLatentAttention
 from kimi_linear.moe import (
     KimiLinearExperts,
@@ -85,7 +85,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As flash-linear-attention and transformers initialise KDA (FACTS 2.2)."""
+        """As flash-linear-attention and transformers initialise KDA."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, ForgetGate):
@@ -328,8 +328,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
             labels: `[B, T]`, -100 where no loss is wanted; shifted here.
             use_cache: fill and return a cache. Default: `config.use_cache`, except in training and
                 for packed documents.
-            logits_to_keep: keep the last so many positions, or those of an index tensor; 0 keeps
-            all.
+            logits_to_keep: keep the last so many positions, or those of an index tensor; 0, all of
+                them, as `labels` without `shift_labels` want it.
             cu_seqlens: `[N+1]`, ends of the documents packed into one row. The arguments of
                 transformers' `DataCollatorWithFlattening` (`cu_seq_lens_q`, `seq_idx`, ...) say the
                 same.
@@ -345,11 +345,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
             what was asked for.
 
         Raises:
-            ValueError: names the argument that does not fit, before anything is changed.
+            ValueError: names the argument whose shape, dtype or structure does not fit, before
+                anything is changed. Values of ids and labels are not looked at.
         """
-        x = input_ids if inputs_embeds is None else inputs_embeds
-        if labels is not None and x is not None and labels.shape != x.shape[:2]:
-            raise ValueError(f"labels has shape {list(labels.shape)}, want {list(x.shape[:2])}")
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens, context)
         others += (output_hidden_states, output_router_logits, skip_logits, *kwargs.values())
@@ -360,6 +358,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
                     logits=logits[:, keep], past_key_values=past_key_values
                 )
         skip = skips_logits(self, skip_logits, labels, logits_to_keep)
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        check_labels(labels, x, logits_to_keep, kwargs.get("shift_labels"))
         loss_kwargs = {k: kwargs.pop(k) for k in LOSS_KEYS if k in kwargs}
         if context is not None and labels is not None:
             loss_kwargs = context.loss_arguments(**loss_kwargs)

@@ -16,7 +16,7 @@ RESULTS_FILE = "results.json"
 def load_for_training(source: Path):
     """Model and tokenizer: from a model directory, or fresh, on bytes, from a config file."""
     if source.is_dir():
-        model = KimiLinearForCausalLM.from_pretrained(source)
+        model = KimiLinearForCausalLM.from_pretrained(source, dtype=torch.float32)  # to be updated
         return model, AutoTokenizer.from_pretrained(source)
     config, tokenizer = KimiLinearConfig.from_json_file(source), byte_tokenizer()
     if config.vocab_size < len(tokenizer):
@@ -41,7 +41,7 @@ def train(
     steps: int,
     batch_size: int,
     length: int,
-    learning_rate: float,
+    learning_rate: float | None = None,
     held_out: float,
     seed: int,
 ) -> dict[str, float]:
@@ -52,12 +52,26 @@ def train(
         texts: UTF-8 files, joined in this order.
         output: directory for the model, its tokenizer and results.json.
         steps, batch_size, length: optimizer steps, blocks per step, tokens per block.
+        learning_rate: at its peak; default 1e-5 for a model, 3e-3 from scratch.
         held_out: share of the text, taken from its end, that is only evaluated on.
 
     Returns:
         Held-out loss before and after and the unigram entropy, nats per token, and the seconds
         taken.
+
+    Raises:
+        ValueError: a number out of range, or too little text.
     """
+    for name, good, wanted in (
+        ("steps", steps >= 0, "at least 0"),
+        ("batch_size", batch_size >= 1, "at least 1"),
+        ("length", length >= 2, "at least 2, as the first token of a block has no loss"),
+        ("held_out", 0 < held_out < 1, "a share between 0 and 1"),
+    ):
+        if not good:
+            raise ValueError(f"{name}: got {locals()[name]}, want {wanted}")
+    if learning_rate is None:
+        learning_rate = 1e-5 if source.is_dir() else 3e-3
     set_seed(seed)
     model, tokenizer = load_for_training(source)
     text = "\n".join(path.read_text(encoding="utf-8") for path in texts)

@@ -22,6 +22,7 @@ from kimi_kernels.checks import (
     accumulation_dtype,
     check_float,
     check_like,
+    check_list,
     check_shape,
     check_state,
     count_sequences,
@@ -80,15 +81,16 @@ def causal_conv(
             dtype of `xs`; N = B, or the number of packed sequences. Default zeros. It is not
             modified.
         output_final_state: also return the last W-1 inputs of each sequence.
-        cu_seqlens: `[N+1]` int32 or int64, ends of the sequences packed into one row (B = 1).
+        cu_seqlens: as in `chunk_kda`.
 
     Returns:
         Outputs `[B, T, D_i]` in the dtype of `xs`, and the state `[N, W-1, D]` or None.
         Differentiable in `xs`, `weight` and `initial_state`.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, or cu_seqlens that does not go from 0 up to T.
+        ValueError: a wrong shape, dtype or device, or cu_seqlens as in `chunk_kda`.
     """
+    check_list("xs", xs)
     if not xs or any(x.ndim != 3 for x in xs):
         raise ValueError(
             f"xs has shapes {[list(x.shape) for x in xs]}, want one or more [B, T, D_i]"

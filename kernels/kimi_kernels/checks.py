@@ -11,6 +11,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def check_list(name: str, xs: object) -> None:
+    """`xs` must be several tensors, not one, whose rows would pass for them."""
+    if isinstance(xs, Tensor):
+        raise ValueError(f"{name} is a tensor, want a list of tensors")
+
+
 def check_shape(name: str, x: Tensor, *shape: int) -> None:
     """`x` must have exactly `shape`."""
     if tuple(x.shape) != shape:
@@ -48,6 +54,8 @@ def count_sequences(cu_seqlens: Tensor | None, x: Tensor) -> int:
     """
     if cu_seqlens is None:
         return x.shape[0]
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}, want a tensor")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, want [N+1] with N >= 1")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

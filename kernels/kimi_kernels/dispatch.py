@@ -103,7 +103,10 @@ def reference_only(op: str) -> None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one implementation inside a `with` block: `auto`, `triton` or `reference`."""
+    """Force one implementation inside a `with` block: `auto`, `triton` or `reference`.
+
+    In all threads of the process: a backward pass has its own.
+    """
     global _backend
     previous, _backend = _backend, _checked(name, "backend")
     try:

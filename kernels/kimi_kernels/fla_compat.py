@@ -5,7 +5,8 @@
 Names, order, defaults and meaning of the parameters are fla's, so that a code base moves over by
 changing one import. Nothing is computed here that `kimi_kernels` does not export. Tensors: q, k
 `[B, T, H, K]`, v `[B, T, HV, V]`, g `[B, T, HV, K]`, beta `[B, T, HV]`, in one dtype for q, k, v.
-Both functions return (o, final state or None) and are differentiable, `fused_recurrent_kda` too.
+Both functions return (o, final state or None) and are differentiable, `fused_recurrent_kda` too;
+each takes what fla's does, so those marked * are `chunk_kda`'s alone.
 
 | parameter                    | here                                                            |
 |------------------------------|-----------------------------------------------------------------|
@@ -21,15 +22,15 @@ Both functions return (o, final state or None) and are differentiable, `fused_re
 | use_beta_sigmoid_in_kernel   | sigmoid of beta, in fp32                                        |
 | allow_neg_eigval             | twice that sigmoid; needs use_beta_sigmoid_in_kernel            |
 | lower_bound                  | of the gate, < 0; in `[-5, 0)` with safe_gate                   |
-| safe_gate                    | a promise that g >= -5, which selects a faster kernel in fla;   |
+| safe_gate *                  | a promise that g >= -5, which selects a faster kernel in fla;   |
 |                              | every g is safe here, so it changes nothing but is checked      |
 | state_v_first                | states go in and out as `[N, HV, V, K]`                         |
-| cu_seqlens, cu_seqlens_cpu   | `[N+1]`; the second, a copy on the host, is checked and unused  |
-| disable_recompute            | trades memory for speed in fla; accepted, changes no result     |
-| chunk_size                   | 32 or 64; accepted, changes no result                           |
-| return_intermediate_states,  | ValueError unless left at the default                           |
-| cp_context, use_graph,       |                                                                 |
-| max_num_seqs                 |                                                                 |
+| cu_seqlens, cu_seqlens_cpu * | `[N+1]`; the second, a copy on the host, is checked and unused  |
+| disable_recompute *          | trades memory for speed in fla; accepted, changes no result     |
+| chunk_size *                 | 32 or 64; accepted, changes no result                           |
+| return_intermediate_states *,| ValueError unless left at the default                           |
+| cp_context *, use_graph *,   |                                                                 |
+| max_num_seqs *               |                                                                 |
 | transpose_state_layout       | state_v_first under its old name, with a DeprecationWarning     |
 | anything else                | ValueError (fla ignores it silently)                            |
 
@@ -69,7 +70,7 @@ def _run(
         )
         state_v_first = kwargs.pop("transpose_state_layout")
     for name in kwargs:
-        raise ValueError(f"{name} is not a parameter of fla-core 0.6.0 that is known here")
+        raise ValueError(f"{name} is not a parameter of this function in fla-core 0.6.0")
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         raise ValueError("allow_neg_eigval is True, want use_beta_sigmoid_in_kernel with it")
     if use_gate_in_kernel:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_like, check_shape
+from kimi_kernels.checks import accumulation_dtype, check_float, check_like, check_shape
 from kimi_kernels.dispatch import use_triton
 from kimi_kernels.rms_norm import rms_norm
 
@@ -49,9 +49,18 @@ def quantize_latents(latent: Tensor, R: int) -> QuantizedLatents:
     """The definition. Each token by itself; one that is not finite stays so, all of it.
 
     Args:
-        latent: `[B, S, R + P]`, c and then k_r; any float dtype.
-        R: channels of c.
+        latent: `[..., R + P]`, c and then k_r; any float dtype.
+        R: channels of c, at least 1.
+
+    Returns:
+        c `[..., R]`, k_r `[..., P]` and the scales `[...]`.
+
+    Raises:
+        ValueError: not a float, or R outside of the channels.
     """
+    check_float("latent", latent, latent)
+    if latent.ndim < 1 or not 0 < R <= latent.shape[-1]:
+        raise ValueError(f"latent has shape {list(latent.shape)}, want [..., {R} + P] with R > 0")
     c, k_r = latent.detach().split((R, latent.shape[-1] - R), -1)
     c = c.float()
     # a product: on a GPU torch divides by a number by its reciprocal, on a CPU it does not
@@ -95,6 +104,8 @@ def store_latents(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
+    if latent.ndim != 2:
+        raise ValueError(f"latent has shape {list(latent.shape)}, want [N, R + P]")
     (N, L), fp8 = latent.shape, isinstance(into, QuantizedLatents)
     held = into if fp8 else (into,)
     B, S = held[0].shape[:2]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import check_like, check_shape
+from kimi_kernels.checks import check_like, check_list, check_shape
 from kimi_kernels.dispatch import use_triton
 from kimi_kernels.operators import wants_gradient
 from kimi_kernels.rms_norm import rms_norm
@@ -58,6 +58,8 @@ def fused_linears(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
+    check_list("xs", xs)
+    check_list("weights", weights)
     if not xs or len(xs) != len(weights):
         raise ValueError(f"got {len(xs)} xs and {len(weights)} weights, want as many, at least one")
     x = xs[0]

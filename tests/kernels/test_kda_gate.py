@@ -36,6 +36,8 @@ def test_l2norm_by_hand():
     want = [[3 / math.sqrt(25 + 1e-6), 4 / math.sqrt(25 + 1e-6)], [0, 0], [0, 1 / math.sqrt(2)]]
     want = torch.tensor(want, dtype=torch.float64)
     assert_as_good_as("l2norm", l2norm(x), want, want)
+    with pytest.raises(ValueError, match=r"x is torch\.int64"):
+        l2norm(torch.tensor([[3, 4]]))
 
 
 @each_dtype

@@ -166,7 +166,13 @@ def test_errors():
     good |= {x: torch.zeros(2, dtype=torch.int64, device=DEVICE) for x in ("rows", "columns")}
     store_latents(**good)
     into, longer = good["into"], buffer(1, 8, 8, 4, torch.float32)
+    for R in (0, 13):
+        with pytest.raises(ValueError, match=rf"latent has shape \[2, 12\], want \[\.\.\., {R}"):
+            quantize_latents(good["latent"], R)
+    with pytest.raises(ValueError, match=r"latent is torch\.int64"):
+        quantize_latents(good["latent"].long(), 8)
     for match, change in {
+        r"latent has shape \[1, 2, 12\], want": {"latent": good["latent"][None]},
         r"latent\.k_r has shape": {"latent": good["latent"][:, :11]},
         r"latent\.k_r is": {"latent": good["latent"].half()},
         r"latent\.c is": {"into": into._replace(c=into.c.half())},

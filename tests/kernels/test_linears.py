@@ -191,6 +191,8 @@ def test_gradients_and_fp64_take_the_reference(rows, dtype):
     "change, message",
     [
         ({"xs": []}, "got 0 xs and 2 weights"),
+        ({"xs": torch.zeros(2, 2, 4)}, "xs is a tensor, want a list"),
+        ({"weights": torch.zeros(2, 3, 4)}, "weights is a tensor, want a list"),
         ({"xs": [torch.zeros(2, 4), torch.zeros(3, 4)]}, r"xs\[1\] has shape \[3, 4\], want"),
         ({"weights": [torch.zeros(3, 4), torch.zeros(4)]}, r"weights\[1\] has shape \[4\]"),
         ({"weights": [torch.zeros(3, 5), torch.zeros(3, 4)]}, r"weights\[0\] has shape \[3, 5\]"),

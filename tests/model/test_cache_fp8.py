@@ -137,6 +137,15 @@ def test_forks_and_snapshots_are_exact(has_padding, model):
     assert torch.equal(steps(model, fork, 30), want)
 
 
+def test_a_snapshot_of_another_kind_of_cache(model):
+    """One in the model's dtype, and of another config."""
+    mark = filled(model, random_ids(CONFIG, 2, 5)).snapshot()
+    for other in (KimiLinearCache(CONFIG), KimiLinearCache(small_config(kv_lora_rank=8), FP8)):
+        with pytest.raises(ValueError, match="snapshot is of another kind of cache"):
+            other.restore(mark)
+        assert other.seen == 0
+
+
 @pytest.mark.parametrize("rows", [[1, 0], [1, 1], [1], [0, 1, 1]])
 def test_rows_move_with_all_they_own(rows, model):
     ids = random_ids(CONFIG, 2, 9)

@@ -88,6 +88,9 @@ def test_train_then_generate_in_new_processes(tmp_path):
     assert run("generate", str(out), "--prompt", "the q", *greedy).startswith("the q")
 
 
+TEXT = ["--text", "{text}", "--output", "{dir}/o"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -101,6 +104,10 @@ def test_train_then_generate_in_new_processes(tmp_path):
         (["generate", "{bare}", "--prompt", "x"], "has no tokenizer"),
         (["train", "{tiny}", "--text", "nowhere", "--output", "{dir}/o"], "nowhere is not a file"),
         (["train", "{tiny}", "--text", "{text}", "--output", "{dir}/o"], "at least one block"),
+        (["train", "{tiny}", *TEXT, "--steps", "-1"], "steps: got -1, want at least 0"),
+        (["train", "{tiny}", *TEXT, "--batch-size", "0"], "batch_size: got 0, want at least 1"),
+        (["train", "{tiny}", *TEXT, "--length", "1"], "length: got 1, want at least 2"),
+        (["train", "{tiny}", *TEXT, "--held-out", "1.5"], "held_out: got 1.5, want a share"),
         (["train", "{small}", "--text", "{text}", "--output", "{dir}/o"], "vocab_size: got 100"),
     ],
 )

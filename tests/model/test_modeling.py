@@ -60,7 +60,11 @@ def test_wrong_shapes_are_named(model, ids):
             "inputs_embeds": embeds[..., 1:]
         },
         r"labels has shape \[2, 32\], want \[2, 33\]": {"input_ids": ids, "labels": ids[:, 1:]},
+        "logits_to_keep with labels": {"input_ids": ids, "labels": ids, "logits_to_keep": 1},
+        "with labels: the loss": {"input_ids": ids, "labels": ids, "logits_to_keep": ids[0, :1]},
         r"attention_mask has shape": {"input_ids": ids, "attention_mask": torch.ones(2, 32)},
+        "values than 1 .* go into seq_idx": {"input_ids": ids, "attention_mask": 2 * ids.sign()},
+        "attention_mask has other values": {"input_ids": ids, "attention_mask": -1.0 * ids},
         r"position_ids has shape": {"input_ids": ids, "position_ids": ids[:, 1:]},
     }
     for message, inputs in bad.items():

@@ -85,14 +85,16 @@ def chunk_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention in chunks of 64 tokens (arXiv 2510.26692, eqs. 1 and 6-9).
 
-        S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,  o_t = scale S_t^T
-        q_t
+        S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T
+        o_t = scale S_t^T q_t
 
-    Exact for every gate: nothing overflows, whatever the decay within a chunk. Strictly causal.
+    Exact for every gate: nothing overflows, whatever the decay within a chunk. Strictly causal. On
+    a GPU K from 16 to 128 and V from 16 on have kernels of chunks; others go token by token, and
+    backward in PyTorch, which is many times slower.
 
     Args:
-        q, k: `[B, T, H, K]`, used as they come (`fused_kda` normalises them). bf16, fp16, fp32,
-        fp64.
+        q, k: `[B, T, H, K]`, used as they come (`fused_kda` normalises them). bf16, fp16, fp32 or
+            fp64.
         v: `[B, T, HV, V]`, HV a multiple of H: value head h reads query/key head h // (HV / H).
         g: log-decay per key channel, natural log, <= 0, `[B, T, HV, K]`. -inf resets a channel.
         beta: write strength after its sigmoid, `[B, T, HV]`.
@@ -100,15 +102,17 @@ def chunk_kda(
         initial_state: S before the first token, `[N, HV, K, V]`, fp32 (fp64 for fp64 inputs);
             N = B, or the number of packed sequences. Default zeros. It is not modified.
         output_final_state: also return S after the last token of each sequence.
-        cu_seqlens: `[N+1]` int32 or int64, ends of the sequences packed into one row (B = 1);
-            empty sequences are allowed and hand their initial state on.
+        cu_seqlens: `[N+1]` int32 or int64, ends of the sequences packed into one row (B = 1), from
+            0 to T; empty sequences are allowed and hand their initial state on. On a GPU its values
+            are not checked, as the host would wait: a token of no sequence has an undefined output.
 
     Returns:
         o `[B, T, HV, V]` in `v.dtype`, and S `[N, HV, K, V]` in fp32 (fp64), or None. Both
         differentiable in q, k, v, g, beta and initial_state.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, or cu_seqlens that does not go from 0 up to T.
+        ValueError: a wrong shape, dtype or device, or a cu_seqlens on a CPU that does not go from 0
+            up to T.
     """
     args = (scale, initial_state, output_final_state, cu_seqlens)
     return _run(False, q, k, v, g, beta, *args)
@@ -218,6 +222,8 @@ def kda_step(
     """
     if len(xs) != 3:
         raise ValueError(f"xs has {len(xs)} tensors, want those for q, k and v")
+    if conv_state is None or state is None:
+        raise ValueError("conv_state or state is None, want both: a step advances them in place")
     for name, x in (("f", f), ("gate", gate)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}, want 4 dimensions")

@@ -10,7 +10,18 @@ L2_EPS = 1e-6
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + 1e-6) over the last dim, computed in fp32 or better, in `x.dtype`."""
+    """x / sqrt(sum x^2 + 1e-6) over the last dim.
+
+    Args:
+        x: `[..., K]`, any float dtype; computed in fp32 or better.
+
+    Returns:
+        `[..., K]` in `x.dtype`. Differentiable.
+
+    Raises:
+        ValueError: not a float.
+    """
+    check_float("x", x, x)
     x_ = x.to(accumulation_dtype(x.dtype))
     return (x_ * torch.rsqrt(x_.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
 

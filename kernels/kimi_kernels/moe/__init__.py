@@ -1,5 +1,4 @@
-"""Mixture of experts: routing and the routed experts (FACTS of the released model: 256 experts, top
-8).
+"""Mixture of experts: routing and the routed experts (the released model: 256 of them, top 8).
 
 s = sigmoid(logits)                      selection on s + bias, weights from the unbiased s
 y = sum_{e in top k} w_e down_e( SiLU(gate_e x) * up_e x )
@@ -90,8 +89,8 @@ def expert_mlp(
         x: tokens, `[T, D]`; bf16, fp16, fp32 or fp64.
         gate_up: `[E, 2F, D]`, gate rows first, same dtype as `x`.
         down: `[E, D, F]`, same dtype.
-        index: experts of each token, `[T, k]` int64. An index of E or more contributes nothing (how
-            expert-parallel plans mark experts of other ranks).
+        index: experts of each token, `[T, k]` int64. An index below 0 or of E or more contributes
+            nothing (how expert-parallel plans mark experts of other ranks).
         weights: `[T, k]`, any float dtype; the sum is taken in fp32 or better and rounded once.
         shared: gate and up `[F_s, D]` and down `[D, F_s]` of an expert that every token goes to,
             with weight 1; same dtype. Decoding makes it in the launches of the others, of which
@@ -123,6 +122,8 @@ def expert_mlp(
     for name, w in (("gate_up", gate_up), ("down", down)):
         check_like(name, w, "x", x)
     if shared is not None:
+        if len(shared) != 3:
+            raise ValueError(f"shared has {len(shared)} tensors, want gate, up and down")
         shape = shared[0].shape[0], D
         for i, (w, want) in enumerate(zip(shared, (shape, shape, shape[::-1]), strict=True)):
             check_shape(f"shared[{i}]", w, *want)

@@ -50,6 +50,7 @@ def expert_mlp_ref(
     """[T, D]; arguments as `expert_mlp`. Waits for a GPU, to cut the rows into experts."""
     (T, D), E, k = x.shape, gate_up.shape[0], index.shape[1]
     flat = index.flatten()
+    flat = flat.where(flat >= 0, E)
     order = flat.argsort(stable=True)  # slots grouped by expert
     rows = x[order // k]
     counts = torch.bincount(flat, minlength=E)[:E].tolist()
