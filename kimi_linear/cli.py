@@ -5,7 +5,7 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ EPILOG = """examples:
   kimi-linear serve path/to/Kimi-Linear-48B-A3B-Instruct --port 8000
 """
 
+Limits = dict[str, tuple[Callable[[float], bool], str]]  # by option: what is good, in words too
+
 # What generates text takes these numbers only.
-LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+LIMITS: Limits = {
     "temperature": (lambda x: x >= 0, "at least 0"),
     "top_p": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
     "top_k": (lambda x: x >= 0, "at least 0"),
@@ -75,7 +77,7 @@ def run_train(args: argparse.Namespace) -> None:
     results = train(
         source, texts, Path(args.output),
         steps=args.steps, batch_size=args.batch_size, length=args.length,
-        learning_rate=getattr(args, "learning_rate", None), held_out=args.held_out, seed=args.seed,
+        learning_rate=args.learning_rate, held_out=args.held_out, seed=args.seed,
     )  # fmt: skip
     before, after = results["held_out_loss_before"], results["held_out_loss_after"]
     print(f"held-out loss   {before:.3f} before, {after:.3f} after (nats per token)")
@@ -83,13 +85,18 @@ def run_train(args: argparse.Namespace) -> None:
     print(f"saved to        {args.output}")
 
 
-def check_sampling(options: Any, prefix: str = "") -> None:
-    """Raise a ValueError if an attribute of `options` that is in `LIMITS` is outside of them."""
-    for name, (good, wanted) in LIMITS.items():
-        value = getattr(options, name)
+def check_limits(options: Mapping[str, Any], limits: Limits, prefix: str = "") -> None:
+    """Raise a ValueError if one of `options` is outside of its limits; None is not."""
+    for name, (good, wanted) in limits.items():
+        value = options[name]
         if value is not None and not (isinstance(value, int | float) and good(value)):
             shown = prefix + name.replace("_", "-") if prefix else name
             raise ValueError(f"{shown}: got {value}, want {wanted}")
+
+
+def check_sampling(options: Any, prefix: str = "") -> None:
+    """`check_limits` of the attributes that are in `LIMITS`."""
+    check_limits({name: getattr(options, name) for name in LIMITS}, LIMITS, prefix)
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -263,10 +270,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int, default=8, help="blocks per step and device")
     train.add_argument("--length", type=int, default=256, help="tokens per block")
     train.add_argument(
-        "--learning-rate",
-        type=float,
-        default=argparse.SUPPRESS,
-        help="peak, cosine decay; 3e-3 from scratch, else 1e-5",
+        "--learning-rate", type=float, help="peak, cosine decay; of None 3e-3 from scratch, or 1e-5"
     )
     train.add_argument("--held-out", type=float, default=0.1, help="share kept for evaluation")
     train.add_argument("--seed", type=int, default=0, help="of initialisation and data order")

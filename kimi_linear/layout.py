@@ -171,8 +171,8 @@ def _real_tokens(mask: Tensor, B: int, T: int, past: int, past_lengths: Tensor |
         )
     real = mask.bool()
     known = (real[:, :past].sum(1) == (past if past_lengths is None else past_lengths)).all()
-    binary = ((mask == 0) | (mask == 1)).all()
-    known, full, binary = torch.stack((known, real[:, past:].all(), binary)).tolist()
+    checks = known, real[:, past:].all(), (real == mask).all()
+    known, full, binary = torch.stack(checks).tolist()
     if not binary:
         raise ValueError(
             "attention_mask has other values than 1 for tokens and 0 for padding; the numbers of "

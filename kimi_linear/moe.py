@@ -151,13 +151,12 @@ class KimiLinearMoE(nn.Module):
         if norm is not None and not self._fuses(flat, norm):
             y, logits = self(norm(x))
             return x + y, logits
+        own = None if shared is None or norm is not None else beside(lambda: shared(x), x)
+        logits, weights, index = self.gate(flat, norm)
         if norm is not None:
-            logits, weights, index = self.gate(flat, norm)
             linears = None if shared is None else tuple(m.weight for m in shared.linears())
             y = self.experts(flat, index, weights, linears, (norm.weight, norm.eps))
             return y.view_as(x), logits
-        own = None if shared is None else beside(lambda: shared(x), x)
-        logits, weights, index = self.gate(flat)
         y = self.experts(flat, index, weights).view_as(x)
         return (y if own is None else y + own()), logits
 

@@ -6,11 +6,18 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
+from kimi_linear.cli import Limits, check_limits
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import KimiLinearForCausalLM
 from kimi_linear.text import TokenBlocks, byte_tokenizer, unigram_entropy
 
 RESULTS_FILE = "results.json"
+LIMITS: Limits = {
+    "steps": (lambda x: x >= 0, "at least 0"),
+    "batch_size": (lambda x: x >= 1, "at least 1"),
+    "length": (lambda x: x >= 2, "at least 2, as the first token of a block has no loss"),
+    "held_out": (lambda x: 0 < x < 1, "a share between 0 and 1"),
+}
 
 
 def load_for_training(source: Path):
@@ -62,14 +69,8 @@ def train(
     Raises:
         ValueError: a number out of range, or too little text.
     """
-    for name, good, wanted in (
-        ("steps", steps >= 0, "at least 0"),
-        ("batch_size", batch_size >= 1, "at least 1"),
-        ("length", length >= 2, "at least 2, as the first token of a block has no loss"),
-        ("held_out", 0 < held_out < 1, "a share between 0 and 1"),
-    ):
-        if not good:
-            raise ValueError(f"{name}: got {locals()[name]}, want {wanted}")
+    options = {"steps": steps, "batch_size": batch_size, "length": length, "held_out": held_out}
+    check_limits(options, LIMITS)
     if learning_rate is None:
         learning_rate = 1e-5 if source.is_dir() else 3e-3
     set_seed(seed)

@@ -209,24 +209,11 @@ def test_largest_batches(repository):
         "GB per sequence", "batch", "ms per step", "ms per token", "its floor", "tokens per s",
         "every layer MLA / this", "by the floors",
     ]  # fmt: skip
-    mla = "ours, every layer MLA"
+    at, mla = ("8", "256"), "ours, every layer MLA"
     assert lines == [
-        ["8", "256", "4096", "ours", "2.43", "1,024", "20.0", "0.0195", "-", "51,200", "-", "-"],
-        [
-            "8",
-            "256",
-            "1048576",
-            "ours",
-            "2.43",
-            "50",
-            "40.0",
-            "0.800",
-            "0.600",
-            "1,250",
-            "3.75",
-            "4.50",
-        ],
-        ["8", "256", "1048576", mla, "2.43", "10", "30.0", "3.00", "2.70", "333", "1.00", "1.00"],
+        [*at, "4096", "ours", "2.43", "1,024", "20.0", "0.0195", "-", "51,200", "-", "-"],
+        [*at, "1048576", "ours", "2.43", "50", "40.0", "0.800", "0.600", "1,250", "3.75", "4.50"],
+        [*at, "1048576", mla, "2.43", "10", "30.0", "3.00", "2.70", "333", "1.00", "1.00"],
     ]
     assert "at most 1,024 sequences" in text and "measured 2026-11-22 at abc1234." in text
 

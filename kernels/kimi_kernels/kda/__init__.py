@@ -222,8 +222,6 @@ def kda_step(
     """
     if len(xs) != 3:
         raise ValueError(f"xs has {len(xs)} tensors, want those for q, k and v")
-    if conv_state is None or state is None:
-        raise ValueError("conv_state or state is None, want both: a step advances them in place")
     for name, x in (("f", f), ("gate", gate)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}, want 4 dimensions")
@@ -244,6 +242,8 @@ def kda_step(
     check_state("conv_state", conv_state, f, f.dtype, B, conv_weight.shape[1] - 1, D)
     check_state("state", state, f, accumulation_dtype(f.dtype), B, H, K, V)
     for name, x in (("conv_state", conv_state), ("state", state)):
+        if x is None:
+            raise ValueError(f"{name} is None, want one that is advanced in place")
         if not x.is_contiguous():
             raise ValueError(f"{name} has strides {x.stride()}, want a contiguous tensor")
     kda_gate_checks(f, A_log, dt_bias, None)

@@ -141,7 +141,6 @@ def max_tiles(S: int, E: int, BM: int) -> int:
 def plan_slots(index: Tensor, E: int, BM: int) -> Plan:
     """The plan of `index` [T, top_k] for E experts and tiles of BM rows; S = T top_k > 0."""
     S, MT = index.numel(), max_tiles(index.numel(), E, BM)
-    NC = triton.cdiv(S, CHUNK)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=index.device)
@@ -154,7 +153,8 @@ def plan_slots(index: Tensor, E: int, BM: int) -> Plan:
             index, *plan, S, MT, **sizes, C=C, BM=BM, BT=128, **overlap(index.device)
         )
         return plan
-    counts, totals, sizes["C"] = ints(E + 1, NC), ints(E + 1), CHUNK
+    NC, sizes["C"] = triton.cdiv(S, CHUNK), CHUNK
+    counts, totals = ints(E + 1, NC), ints(E + 1)
     slot_count_kernel[(NC,)](index, counts, S, NC, **sizes)
     slot_scan_kernel[(E + 1,)](counts, totals, NC, BC=min(1024, triton.next_power_of_2(NC)))
     slot_place_kernel[(NC + E + 1,)](
