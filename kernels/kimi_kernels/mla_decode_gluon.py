@@ -10,6 +10,10 @@ there is room for three tiles.
 
 A tile is the left operand of both products where it lies. Queries and p go through shared memory,
 with a fence between the threads' writes and the `wgmma` that reads them.
+
+Weights are made before it is known whether x has to follow the maximum, 15 above it: each warp
+leaves the greatest of its weights beside them. Where one is above 2^15, the maxima of all queries
+are taken, over all warps, and the tile's weights made again.
 """
 
 import functools
@@ -72,6 +76,16 @@ def opaque(x):
 
 
 @gluon.jit
+def greatest_of_warps(x):
+    """[N, M], not negative, by four warps or two such groups side by side -> the bits of each's."""
+    N: gl.constexpr = x.shape[0]
+    M: gl.constexpr = x.shape[1]
+    G: gl.constexpr = gl.num_warps() // 4
+    x = x.to(gl.int32, bitcast=True).reshape((4, N // 4, G, M // G)).permute((0, 2, 1, 3))
+    return gl.max(x.reshape((4 * G, N // 4 * (M // G))), 1)
+
+
+@gluon.jit
 def copy_tile(c_tiles, r_tiles, i_b, i, c_s, r_s, bars, count, wanted):
     """Where `wanted`, start to copy tile i of sequence i_b, the count-th of this program."""
     c, r, bar = c_s.index(count % 2), r_s.index(count % 2), bars.index(count % 2)
@@ -97,6 +111,7 @@ def latent_decode_gluon(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BM, 16])
     S_M: gl.constexpr = gl.SliceLayout(0, SCORES)
     O_M: gl.constexpr = gl.SliceLayout(0, OUTPUT)
+    ALL: gl.constexpr = gl.BlockedLayout([W], [32], [W], [0])
     LOAD_C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [W, 1], [1, 0])
     LOAD_R: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
     C_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, R], DT)
@@ -107,6 +122,7 @@ def latent_decode_gluon(
     qc_s = gl.allocate_shared_memory(DT, [1, BM, R], C_TILE)
     qr_s = gl.allocate_shared_memory(DT, [1, BM, L - R], R_TILE)
     p_s = gl.allocate_shared_memory(DT, [1, BN, BM], P_TILE)
+    flags = gl.allocate_shared_memory(gl.int32, [W], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for k in gl.static_range(2):
         mbarrier.init(bars.index(k), count=1)
@@ -136,6 +152,7 @@ def latent_decode_gluon(
             last = gl.load(positions + token + s_m // H, mask=s_m < T * H, other=-1)
             last = gl.maximum(gl.minimum(last, S - 1), -1).to(gl.int32)
         last = gl.where(s_m < T * H, last, -1)
+        seen = gl.min(gl.min(gl.where(s_m < T * H, last, S), 1), 0)  # by all queries
         i_q = o_q + rows(BM, LOAD_C)
         p_q = q_c + ((i_q % H).to(gl.int64) * B * T + token + i_q // H) * R
         qc_s.index(0).store(gl.load(p_q + cols(R, LOAD_C), mask=i_q < T * H, other=0.0))
@@ -153,21 +170,29 @@ def latent_decode_gluon(
             b_s = warpgroup_mma(c, b_qc, b_s, use_acc=False, is_async=True)
             b_s = warpgroup_mma(r, b_qr, b_s, is_async=True)
             b_s = warpgroup_mma_wait(0, deps=[b_s])
-            seen = i * BN + rows(BN, SCORES) <= last
-            b_s = gl.where(seen, b_s * (scale * RCP_LN2), -float("inf"))
-            b_x = gl.max(b_s, 0)
-            b_x = gl.where(b_x > b_m + 15, b_x - 7, b_m)
-            b_p, b_d = ex2(b_s - b_x[None, :]), ex2(b_m - b_x)
-            b_w = b_w * b_d[None, :] + b_p  # summed over the latents at the end
+            b_t = b_s * (scale * RCP_LN2) - b_m[None, :]
+            if (i + 1) * BN - 1 > seen:
+                b_t = gl.where(i * BN + rows(BN, SCORES) <= last, b_t, -float("inf"))
+            b_p = ex2(b_t)
             p_s.index(0).store(b_p.to(DT))
+            flags.store(greatest_of_warps(b_p))
             fence_async_shared()
-            if gl.min(b_d, 0) < 1:
+            if gl.max(flags.load(ALL), 0) > 0x47000000:  # 2^15
+                b_s = gl.where(b_p == 0, -float("inf"), b_s * (scale * RCP_LN2))
+                b_x = gl.max(b_s, 0)
+                b_x = gl.where(b_x > b_m + 15, b_x - 7, b_m)
+                b_d, b_m = ex2(b_m - b_x), b_x
+                b_p = ex2(b_s - b_m[None, :])
+                p_s.index(0).store(b_p.to(DT))
+                fence_async_shared()
+                b_w *= b_d[None, :]
                 b_o *= gl.convert_layout(b_d, O_M)[None, :]
+            b_w += b_p  # summed over the latents at the end
             b_o = warpgroup_mma(c.permute((1, 0)), opaque(p_s), b_o, is_async=True)
             b_o = warpgroup_mma_wait(0, deps=[b_o])
             wanted = i + 2 < stop - start
             copy_tile(c_tiles, r_tiles, i_b, i + 2, c_s, r_s, bars, count, wanted)
-            b_m, count = b_x, count + 1
+            count += 1
         b_z = gl.sum(b_w, 0)
         o_q = later(i_m) * BM
         s_m, i_q, o_r = o_q + cols(BM, SCORES), o_q + cols(BM, OUTPUT), rows(R, OUTPUT)

@@ -3,20 +3,23 @@
 A multiprocessor has two programs of four warps, or one of eight: while one waits or makes weights,
 products of the other run. A tile of bytes is copied and stays as it is.
 
-    scores [2 BM, BN] = q_c c8^T        of e4m3 in shared memory; q_c is a sum of two of them
+    scores [BN, 2 BM] = c8 q_c^T        of e4m3 in shared memory; q_c is a sum of two of them
     output [R, BM] += c8^T (a p)        takes c8 from registers, as fp16, in which it is exact
 
-q_c is first multiplied by a power of two, each query by its own: its largest number is about 2^7.
-Its parts are the first four bits and the four behind them, times 16. In the rows of the product
-they lie 8 apart, so that one thread has both and adds them, and a query's scores are in four lanes
-of one warp: the maximum needs no exchange between warps. Eight bits are all of bf16, three less
-than fp16.
+Queries are first multiplied by a power of two, each by its own: the largest number of q_c is about
+2^7, or that of q_r 2^15 if that is less. The parts of q_c are the first four bits and the four
+behind them, times 16. In the columns of the product they lie 8 apart, so that one thread has both
+and adds them. Eight bits are all of bf16, three less than fp16.
 
 For the copy engine and for the loads into registers two neighbouring bytes are one number of 16
 bits. In the output the pairs are of one channel pair and two latents: even and odd channels are two
 sums, and while the product of one runs, the other's operand is converted.
 
-Weights are in fp16, of bf16 queries too.
+Weights are in fp16, of bf16 queries too. What is multiplied by a is 2^(s - x), which the sum of
+weights has without it; x follows the maximum of s + log2 a.
+
+At large batches the GPU is at its limit of power, so every instruction counts, also where another
+would have waited for memory.
 """
 
 from typing import Any
@@ -38,6 +41,7 @@ from kimi_kernels.mla_decode_gluon import (
     can_be_copied,
     cols,
     describe_tiles,
+    greatest_of_warps,
     later,
     opaque,
     rows,
@@ -80,25 +84,23 @@ def copy_part(tiles, i_b, i, x, bar, wanted):
 
 
 @gluon.jit
-def store_scales(b_f, f_0, f_1, f_2):
-    """a, log2 a and 1 / a of a tile's latents, for the threads that have its scores."""
-    f_0.store(b_f)
-    f_1.store(lg2(b_f))
-    f_2.store(1 / b_f)
+def high_and_low(x):
+    """[N, 2 M] -> of every 16 columns the first 8 and the last 8, each [N, M]."""
+    N: gl.constexpr = x.shape[0]
+    M: gl.constexpr = x.shape[1] // 2
+    a, b = gl.split(x.reshape((N, M // 8, 2, 8)).permute((0, 1, 3, 2)))
+    return a.reshape((N, M)), b.reshape((N, M))
 
 
 @gluon.jit
-def upper_and_lower(x):
-    """[2 M, N] -> of every 16 rows the first 8 and the last 8, each [M, N]."""
-    M: gl.constexpr = x.shape[0] // 2
-    N: gl.constexpr = x.shape[1]
-    a, b = gl.split(x.reshape((M // 8, 2, 8, N)).permute((0, 2, 3, 1)))
-    return a.reshape((M, N)), b.reshape((M, N))
+def greatest_exponent(x):
+    """[M, N] in fp32 -> [M], with its bias of 127."""
+    return gl.max(gl.abs(x), 1).to(gl.int32, bitcast=True) >> 23
 
 
 @gluon.jit
 def both_halves(a, b):
-    """The inverse of `upper_and_lower`."""
+    """Two of [M, N] -> [2 M, N], 8 rows of the one, then 8 of the other."""
     M: gl.constexpr = a.shape[0]
     N: gl.constexpr = a.shape[1]
     return gl.join(a, b).reshape((M // 8, 8, N, 2)).permute((0, 3, 1, 2)).reshape((2 * M, N))
@@ -115,35 +117,30 @@ def latent_fp8_gluon(
     W: gl.constexpr = gl.num_warps()
     DT: gl.constexpr = q_c.dtype.element_ty
     F8: gl.constexpr = gl.float8e4nv
+    G: gl.constexpr = W // 4  # groups of warps, each with its queries
     J: gl.constexpr = 4 * W  # latents per step of the output: 16 registers
-    PRODUCT8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BN, 32])
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BN, 16])
-    SCORES: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-        [[8, 0], [16, 0]] if W == 4 else [[8, 0], [16, 0], [32, 0]], [], [BM, BN],
-    )  # fmt: skip
+    PRODUCT8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, G], [16, 2 * BM // G, 32])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, G], [16, BM // G, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BM, 16])
-    R_A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
     O_A: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    S_N: gl.constexpr = gl.SliceLayout(0, SCORES)
-    S_M: gl.constexpr = gl.SliceLayout(1, SCORES)
+    S_N: gl.constexpr = gl.SliceLayout(1, SCORES)
+    S_M: gl.constexpr = gl.SliceLayout(0, SCORES)
     O_M: gl.constexpr = gl.SliceLayout(0, OUTPUT)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [W, 1], [1, 0])
-    LOAD_F: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
+    LOAD_R: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
     C_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, R // 2], gl.int16)
     C8_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, R], F8)
     R_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, L - R], DT)
+    QR_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, L - R], DT)
+    ALL: gl.constexpr = gl.BlockedLayout([W], [32], [W], [0])
     Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BM, R], F8)
-    P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], gl.float16)
-    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], gl.float16)
     c_s = gl.allocate_shared_memory(gl.int16, [2, BN, R // 2], C_TILE)
     r_s = gl.allocate_shared_memory(DT, [1, BN, L - R], R_TILE)
     q_s = gl.allocate_shared_memory(F8, [1, 2 * BM, R], Q_TILE)
-    p_s = gl.allocate_shared_memory(gl.float16, [BM, BN], P_TILE)
-    d_s = gl.allocate_shared_memory(gl.float32, [BM], LINE)
-    f_0 = gl.allocate_shared_memory(gl.float32, [BN], LINE)
-    f_1 = gl.allocate_shared_memory(gl.float32, [BN], LINE)
-    f_2 = gl.allocate_shared_memory(gl.float32, [BN], LINE)
+    qr_s = gl.allocate_shared_memory(DT, [1, BM, L - R], QR_TILE)
+    p_s = gl.allocate_shared_memory(gl.float16, [BN, BM], P_TILE)
+    flags = gl.allocate_shared_memory(gl.int32, [W], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     r_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for k in gl.static_range(2):
@@ -156,7 +153,7 @@ def latent_fp8_gluon(
     # every warp has all of the sequences: no exchange through shared memory
     o_b = gl.arange(0, BB, gl.BlockedLayout([(BB + 31) // 32], [32], [W], [0]))
     lo, hi, i_b, start, share = find_run(positions, o_b, i_p, i_m, B, T, S, P, H, BM, BN)
-    o_f, o_n = gl.arange(0, BN, LOAD_F), gl.arange(0, BN, S_N)[None, :]
+    o_n = gl.arange(0, BN, S_N)
     count = 0  # tiles used so far
     while lo < hi:
         n = count_visible(positions, i_b, i_b < B, i_m, T, S, H, BM)
@@ -178,67 +175,69 @@ def latent_fp8_gluon(
             last = gl.maximum(gl.minimum(last, S - 1), -1).to(gl.int32)
         last = gl.where(s_m < T * H, last, -1)
         seen = gl.min(gl.where(s_m < T * H, last, S), 0)  # by all queries
-        o_2 = rows(2 * BM, R_A)
-        i_q = o_q + o_2 // 16 * 8 + o_2 % 8
-        p_q = q + ((token + i_q // H) * H + i_q % H) * D + (D - (L - R))
-        q_r = gl.load(p_q + cols(L - R, R_A), mask=(i_q < T * H) & (o_2 % 16 < 8), other=0.0)
         i_q = o_q + rows(BM, LOAD)
         p_q = q_c + ((i_q % H).to(gl.int64) * B * T + token + i_q // H) * R
         b_q = gl.load(p_q + cols(R, LOAD), mask=i_q < T * H, other=0.0).to(gl.float32)
-        b_e = gl.max(gl.abs(b_q), 1).to(gl.int32, bitcast=True) >> 23  # [BM], with its bias of 127
-        b_e = gl.maximum(b_e, 14)
-        b_q = b_q * ((261 - b_e) << 23).to(gl.float32, bitcast=True)[:, None]  # below 2^8
+        i_q = o_q + rows(BM, LOAD_R)
+        p_q = q + ((token + i_q // H) * H + i_q % H) * D + (D - (L - R))
+        b_u = gl.load(p_q + cols(L - R, LOAD_R), mask=i_q < T * H, other=0.0).to(gl.float32)
+        b_k = gl.convert_layout(greatest_exponent(b_u), gl.SliceLayout(1, LOAD)) - 7
+        b_k = gl.maximum(gl.maximum(greatest_exponent(b_q), b_k), 14)
+        b_i = ((261 - b_k) << 23).to(gl.float32, bitcast=True)[:, None]
+        b_q = b_q * b_i  # below 2^8
+        qr_s.index(0).store((b_u * gl.convert_layout(b_i, LOAD_R)).to(DT))
         # rounded to four bits here: read back from e4m3, it is compiled wrong (CONTRIBUTING.md)
         b_h = (b_q.to(gl.int32, bitcast=True) + 0x80000) & -0x100000
         b_h = b_h.to(gl.float32, bitcast=True)
         q_s.index(0).store(both_halves(b_h.to(F8), ((b_q - b_h) * 16).to(F8)))
-        b_g = ((b_e - 7) << 23).to(gl.float32, bitcast=True) * (scale * RCP_LN2)
+        b_g = ((b_k - 7) << 23).to(gl.float32, bitcast=True) * (scale * RCP_LN2)
         b_g = gl.convert_layout(b_g, S_M)
-        p_f, i_n = factors + i_b.to(gl.int64) * rows_f, (lo - start) * BN + o_f
-        b_f = load_scales(p_f + i_n, i_n < n)
-        store_scales(b_f, f_0, f_1, f_2)
+        p_f, i_n = factors + i_b.to(gl.int64) * rows_f, (lo - start) * BN + o_n
+        b_a = load_scales(p_f + i_n, i_n < n)
         fence_async_shared()
         b_0 = gl.zeros([R // 2, BM], gl.float32, OUTPUT)  # even channels
         b_1 = b_0  # odd channels
-        b_m, b_z = gl.full([BM], LOW, gl.float32, S_M), gl.zeros([BM], gl.float32, S_M)
+        b_m, b_w = gl.full([BM], LOW, gl.float32, S_M), gl.zeros([BN, BM], gl.float32, SCORES)
         for i in range(lo - start, stop - start):
-            i_n = (i + 1) * BN + o_f
-            b_f = load_scales(p_f + i_n, i_n < n)
+            i_n = (i + 1) * BN + o_n
+            b_f = load_scales(p_f + i_n, i_n < n)  # of the next tile
             c = c_s.index(count % 2)
             mbarrier.wait(bars.index(count % 2), (count // 2) & 1)
-            c8 = c._reinterpret(F8, [BN, R], C8_TILE)
-            b_c = gl.zeros([2 * BM, BN], gl.float32, PRODUCT8)
-            b_c = warpgroup_mma(opaque(q_s), c8.permute((1, 0)), b_c, use_acc=False, is_async=True)
-            b_c = warpgroup_mma_wait(0, deps=[b_c])
+            c8, b_q8 = c._reinterpret(F8, [BN, R], C8_TILE), opaque(q_s).permute((1, 0))
+            b_c = gl.zeros([BN, 2 * BM], gl.float32, PRODUCT8)
+            b_c = warpgroup_mma(c8, b_q8, b_c, use_acc=False, is_async=True)
             mbarrier.wait(r_bar, count & 1)
-            b_r = gl.zeros([2 * BM, BN], gl.float32, PRODUCT)
-            b_k = opaque(r_s).permute((1, 0))
-            b_r = warpgroup_mma(q_r, b_k, b_r, use_acc=False, is_async=True)
-            b_s, b_l = upper_and_lower(b_c)
-            b_s = gl.convert_layout(b_s + b_l * 0.0625, SCORES, assert_trivial=True)
-            b_s *= f_0.load(S_N)[None, :]
-            b_s = b_s * b_g[:, None] + f_1.load(S_N)[None, :]
-            b_r = warpgroup_mma_wait(0, deps=[b_r])
-            b_r, _ = upper_and_lower(b_r)
-            b_s += gl.convert_layout(b_r, SCORES, assert_trivial=True) * (scale * RCP_LN2)
+            b_r = gl.zeros([BN, BM], gl.float32, SCORES)
+            b_qr = opaque(qr_s).permute((1, 0))
+            b_r = warpgroup_mma(r_s.index(0), b_qr, b_r, use_acc=False, is_async=True)
+            b_c, b_r = warpgroup_mma_wait(0, deps=[b_c, b_r])
+            b_y, b_l = high_and_low(b_c)
+            b_y = gl.convert_layout(b_y + b_l * 0.0625, SCORES, assert_trivial=True)
+            b_y = b_y * b_a[:, None] + b_r
+            b_s = b_y * b_g[None, :] - b_m[None, :]
             if (i + 1) * BN - 1 > seen:
-                b_s = gl.where(i * BN + o_n <= last[:, None], b_s, -float("inf"))
-            b_x = gl.max(b_s, 1)
-            b_x = gl.where(b_x > b_m + 15, b_x - 7, b_m)
-            b_p, b_d = ex2(b_s - b_x[:, None]), ex2(b_m - b_x)
+                b_s = gl.where(i * BN + o_n[:, None] <= last[None, :], b_s, -float("inf"))
+            b_e = ex2(b_s)
+            b_p = b_e * b_a[:, None]
             p_s.store(b_p.to(gl.float16))
-            d_s.store(b_d)
-            b_p *= f_2.load(S_N)[None, :]
-            b_z = b_z * b_d + gl.sum(b_p, 1)
+            flags.store(greatest_of_warps(b_p))
             fence_async_shared()
-            b_d = d_s.load(O_M)
-            store_scales(b_f, f_0, f_1, f_2)
+            if gl.max(flags.load(ALL), 0) > 0x47000000:  # 2^15
+                b_s = gl.where(b_e == 0, -float("inf"), b_y * b_g[None, :])
+                b_x = gl.max(b_s + lg2(b_a)[:, None], 0)
+                b_x = gl.where(b_x > b_m + 15, b_x - 7, b_m)
+                b_d, b_m = ex2(b_m - b_x), b_x
+                b_e = ex2(b_s - b_m[None, :])
+                p_s.store((b_e * b_a[:, None]).to(gl.float16))
+                fence_async_shared()
+                b_w *= b_d[None, :]
+                b_d = gl.convert_layout(b_d, O_M)[None, :]
+                b_0, b_1 = b_0 * b_d, b_1 * b_d
+            b_w += b_e  # summed over the latents at the end
             copy_part(r_tiles, i_b, i + 1, r_s.index(0), r_bar, i + 1 < stop - start)
             x = sort_pairs(c.slice(0, J).permute((1, 0)).load(O_A))
-            if gl.min(b_d, 0) < 1:
-                b_0, b_1 = b_0 * b_d[None, :], b_1 * b_d[None, :]
             for j in gl.static_range(BN // J):
-                p = p_s.slice(J * j, J, dim=1).permute((1, 0))
+                p = p_s.slice(J * j, J)
                 x_0 = pair_to_fp16(x, "a")
                 b_0 = warpgroup_mma(x_0, p, b_0, is_async=True)
                 b_0, b_1 = warpgroup_mma_wait(1, deps=[b_0, b_1])
@@ -249,7 +248,8 @@ def latent_fp8_gluon(
                 b_0, b_1 = warpgroup_mma_wait(1, deps=[b_0, b_1])
             b_0, b_1 = warpgroup_mma_wait(0, deps=[b_0, b_1])
             copy_part(c_tiles, i_b, i + 2, c, bars.index(count % 2), i + 2 < stop - start)
-            b_m, count = b_x, count + 1
+            b_a, count = b_f, count + 1
+        b_z = gl.sum(b_w, 0)
         s_m, o_r = later(i_m) * BM + gl.arange(0, BM, S_M), 2 * rows(R // 2, OUTPUT)
         i_q = later(i_m) * BM + cols(BM, OUTPUT)
         if (lo == start) & (stop == end):

@@ -148,6 +148,14 @@ def test_extreme_queries(size, dtype):
     check((q, latent, w_kv))
 
 
+@pytest.mark.parametrize("size", [2.0**-10, 2.0**10])
+def test_queries_whose_parts_differ(size, dtype):
+    """By so much that one power of two fits neither."""
+    q, latent, w_kv = make_plain(2, 130, **WIDE, dtype=dtype)
+    q[..., -WIDE["P"] :] *= size
+    check((q, quantize_latents(latent, WIDE["R"]), w_kv), scale=0.4 / max(1, size))
+
+
 # ---- what must not matter ----------------------------------------------------------------------
 
 
@@ -229,7 +237,7 @@ def test_gluon_tiles_fit():
         for R, P in [(256, 16), (256, 128), (512, 16), (512, 64), (512, 128)]:
             tiles, resident = mla_fp8_gluon.pick_tiles(queries, R, P)
             BM, BN, _ = tiles.values()
-            stored = 2 * (BN * (R + P) + BM * (R + BN)) + 4 * (BM + 3 * BN)
+            stored = 2 * (BN * (R + P) + BM * (R + P + BN))
             assert stored + 1024 <= 227 * 1024 and resident * (stored + 2048) <= 228 * 1024
 
 
