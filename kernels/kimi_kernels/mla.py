@@ -24,7 +24,8 @@ which merge into those of all tokens:
 Only the queries' own tokens need a causal mask, on a square; tiles of the past are rectangles
 without one, and cuDNN has both. For a mask with its diagonal at the lower right, 192 and 128
 channels leave torch its memory-efficient kernel alone: 77.7 ms for 8192 queries and 65536 keys of
-32 heads, in bf16 on an H200 with torch 2.11. The rectangle takes cuDNN 17.4.
+32 heads, in bf16 on an H200 with torch 2.11. The rectangle takes cuDNN 17.4. With a gradient, keys
+and values of all tokens are there anyway: one rectangle, in mla_past.py.
 """
 
 from typing import Any
@@ -44,6 +45,7 @@ from kimi_kernels.checks import (
 )
 from kimi_kernels.dispatch import reference_only, use_triton
 from kimi_kernels.latents import QuantizedLatents, check_quantized
+from kimi_kernels.mla_past import attend_after_others, cudnn_attention
 from kimi_kernels.operators import wants_gradient
 
 AT_ONCE = 2**30  # numbers of expanded keys and values, or of a mask
@@ -81,6 +83,9 @@ def _expanded(q, latent, w_kv, R, scale, positions) -> Tensor:
     for h in range(0, H, heads):
         k, v = _keys_and_values(latent, w_kv[h : h + heads], R, D_n)
         q_h = q[:, :, h : h + heads].transpose(1, 2)
+        if positions is None and S > T and _in_two_parts(q_h, k, v):
+            parts.append(attend_after_others(q_h, k, v.contiguous(), scale))
+            continue
         blocks = []
         for t in range(0, max(T, 1), queries):
             mask: Any = None
@@ -96,6 +101,15 @@ def _expanded(q, latent, w_kv, R, scale, positions) -> Tensor:
             )
         parts.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
+
+
+def _in_two_parts(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN takes the queries' own tokens and those before them."""
+    return (
+        q.is_cuda
+        and not torch.compiler.is_compiling()
+        and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, False))
+    )
 
 
 def _last_queries(T: int, S: int, q: Tensor) -> Any:
@@ -116,10 +130,7 @@ def _attend(q, k, v, causal, scale) -> tuple[Tensor, Tensor]:
     """
     params = SDPAParams(q, k, v, None, 0.0, causal, False)
     if q.is_cuda and can_use_cudnn_attention(params):
-        o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
-        return o, lse
+        return cudnn_attention(q, k, v, causal, scale)[:2]
     if q.is_cuda and can_use_efficient_attention(params):
         o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal, scale=scale
@@ -194,7 +205,8 @@ def latent_attention(
 
     Many, the last of more tokens and without a gradient, attend to keys and values of one tile of
     tokens at a time, on a GPU by cuDNN (16 bits) or torch's memory-efficient kernel. A gradient,
-    `positions` and `torch.compile` take those of all tokens, of some heads at a time if need be.
+    `positions` and `torch.compile` take those of all tokens, of some heads at a time if need be; by
+    cuDNN with a gradient, where the queries' own tokens and those before them are a call each.
 
     The absorbed form has a Triton kernel for what lies between the products with W_k and W_v
     (scores, softmax and the sum of latents). It runs where no gradient is wanted, reads each latent
