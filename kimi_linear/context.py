@@ -11,7 +11,9 @@ does. With h the part of a rank's span that continues a document of the ranks be
                   S do not mix, so it runs on K + V value channels, from S = [1 | 0] with values
                   [0 | v], and returns [P | R] and outputs [o_P | o_R]:
                       o_t = o_P,t S + o_R,t        for the S before the span
-    MLA           the latents of the document before the border
+    MLA           the latents of the document before the border. If the row is one document: those
+                  of all ranks, and the queries of the second half of each span, which rank i
+                  leaves to rank n-1-i, for all to have as much of the causal work
     loss          sums over all tokens, and the number of labels
 
 Each gather is differentiable: its gradient goes to the rank that sent, which sums what it gets. So
@@ -131,6 +133,9 @@ class ContextSpan:
         self.documents = _bounds(cuts, row.device)
         rest = cuts[1:] if self.head else cuts
         self.rest = _bounds([c - self.head for c in rest], row.device)  # those after the head
+        self.borders, self.middles = borders, None  # of the spans, if they share MLA's work
+        if len(set(ends)) == 2 and 2 * n <= T:
+            self.middles = [(a + b) // 2 for a, b in itertools.pairwise(borders)]
 
     def _check_same(self, row: Tensor, n: int) -> None:
         numbers = [self.cu_seqlens] if row.is_floating_point() else [self.cu_seqlens, row[0]]
@@ -244,6 +249,8 @@ class ContextSpan:
         """`latent_attention` of the span, also to the latents of the ranks before."""
         if not any(self.tails):
             return latent_attention(q, latent, w_kv, scale=scale, cu_seqlens=self.documents)
+        if self.middles is not None:
+            return self._balanced_attention(q, latent, w_kv, scale, self.middles)
         tail, (t, a) = self.tails[self.rank], (latent.shape[1], self.head)
         sent = F.pad(latent[0, t - tail :], (0, 0, 0, max(self.tails) - tail))
         gathered, latent = _gather(sent, latent, self.group)
@@ -256,6 +263,19 @@ class ContextSpan:
             q, latent = q[:, a:], latent[:, a:]
             outputs.append(latent_attention(q, latent, w_kv, scale=scale, cu_seqlens=self.rest))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _balanced_attention(self, q, latent, w_kv, scale: float, middles: list[int]) -> Tensor:
+        """Of one document, for the first half of this span and the second half of another."""
+        i, starts, stops = self.rank, self.borders[:-1], self.borders[1:]
+        other, half = len(stops) - 1 - i, middles[i] - self.start
+        most = max(b - a for a, b in itertools.pairwise(self.borders))
+        gathered, q = _gather(F.pad(latent[0], (0, 0, 0, most - latent.shape[1])), q, self.group)
+        parts = zip(gathered, starts, stops, strict=True)
+        seen = torch.cat([x[: b - a] for x, a, b in parts])[None]
+        theirs = _swap(q[0, half:], other, stops[other] - middles[other], self.group)
+        o = latent_attention(q[:, :half], seen[:, : middles[i]], w_kv, scale=scale)
+        o_theirs = latent_attention(theirs[None], seen[:, : stops[other]], w_kv, scale=scale)
+        return torch.cat((o, _swap(o_theirs[0], other, stops[i] - middles[i], self.group)[None]), 1)
 
 
 def _tail(ends: list[int], start: int, stop: int) -> int:
@@ -291,6 +311,28 @@ class _Gather(torch.autograd.Function):
         parts = torch.empty_like(sent := grads[0].contiguous())
         dist.all_to_all_single(parts, sent, group=ctx.group)
         return parts.sum(0), grads[1], None
+
+
+def _swap(x: Tensor, other: int, count: int, group: Group) -> Tensor:
+    """x [..] for rank `other` of the group, for [count, ..] of its."""
+    return _Swap.apply(x, other, count, group)
+
+
+class _Swap(torch.autograd.Function):
+    """The gradient goes back the same way. A rank may be its own partner."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: int, count: int, group: Group):
+        ctx.back = other, len(x), group
+        sizes = [[0] * dist.get_world_size(group) for _ in range(2)]
+        sizes[0][other], sizes[1][other] = count, len(x)
+        theirs = x.new_empty(count, *x.shape[1:])
+        dist.all_to_all_single(theirs, x.contiguous(), *sizes, group=group)
+        return theirs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return _Swap.apply(grads[0], *ctx.back), None, None, None
 
 
 class _Total(torch.autograd.Function):

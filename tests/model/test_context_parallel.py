@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from kimi_kernels import causal_conv, fused_kda
+from kimi_kernels import causal_conv, fused_kda, latent_attention
 from kimi_linear import KimiLinearCache, KimiLinearForCausalLM, LoadBalancingCallback
 from kimi_linear.balance import count_tokens, take_counts
 from kimi_linear.context import ContextSpan, shard_sequence
@@ -157,6 +157,7 @@ def check_inference(device: torch.device) -> None:
     for tokens in (130, 5):
         batch = on(device, one_document(tokens))
         span = shard_sequence(batch)
+        assert (span["context"].middles is None) == (tokens < 2 * dist.get_world_size())
         want, exact = (span["context"].cut(m(**batch).logits) for m in (model, gold))
         outputs = model(**span)
         assert_as_good_as("logits", outputs.logits, want, exact)
@@ -164,6 +165,38 @@ def check_inference(device: torch.device) -> None:
     embeds = model.get_input_embeddings()(batch["input_ids"])
     again = model(**shard_sequence({"inputs_embeds": embeds}))
     assert torch.equal(again.logits, outputs.logits) and again.loss is None
+
+
+def check_op(
+    op: Callable[[dict[str, Tensor], ContextSpan | None], Tensor],
+    x: dict[str, Tensor],
+    do: Tensor,
+    context: ContextSpan,
+    weights: tuple[str, ...],
+) -> None:
+    """Of inputs x and the span's part of them; all ranks have the `weights`."""
+    dtype = do.dtype
+
+    def run(span: ContextSpan | None, to: torch.dtype):
+        given = {k: v.to(torch.promote_types(v.dtype, to)) for k, v in x.items()}
+        leaves = {k: v.detach().requires_grad_() for k, v in given.items()}
+        local = {k: v if span is None or k in weights else span.cut(v) for k, v in leaves.items()}
+        o = op(local, span)
+        o.backward((do if span is None else span.cut(do)).to(o.dtype))
+        return o.detach(), {k: leaf.grad for k, leaf in leaves.items()}
+
+    (got, own), (want, grads) = run(context, dtype), run(None, dtype)
+    exact, gold = run(None, torch.float64)
+    assert_as_good_as("o", got, *(context.cut(o) for o in (want, exact)))
+    for name, g in own.items():
+        total = g.float() if dtype != torch.float64 else g
+        dist.all_reduce(total)  # of the inputs each rank has its own span, zero elsewhere
+        assert_as_good_as(name, total.to(g.dtype), grads[name], gold[name], dtype)
+
+
+def row_of(device: torch.device, *ends: int) -> ContextSpan:
+    ids = torch.zeros(1, ends[-1], dtype=torch.int64, device=device)
+    return ContextSpan(ids, torch.tensor([0, *ends], device=device))
 
 
 def check_mixer(device: torch.device, dtype: torch.dtype, T: int, H: int, K: int) -> None:
@@ -175,13 +208,9 @@ def check_mixer(device: torch.device, dtype: torch.dtype, T: int, H: int, K: int
     x = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
     x = {k: v.to(device, torch.float32 if k in weights else dtype) for k, v in x.items()}
     do = torch.randn(1, T, H, K, generator=rng).to(device, dtype)
-    ids = torch.zeros(1, T, dtype=torch.int64, device=device)
-    context = ContextSpan(ids, torch.tensor([0, T // 7, T], device=device))
+    context = row_of(device, T // 7, T)
 
-    def run(inputs: dict[str, Tensor], span: ContextSpan | None, to: torch.dtype):
-        given = {k: v.to(torch.promote_types(v.dtype, to)) for k, v in inputs.items()}
-        leaves = {k: v.detach().requires_grad_() for k, v in given.items()}
-        local = {k: v if span is None or k in weights else span.cut(v) for k, v in leaves.items()}
+    def mixer(local: dict[str, Tensor], span: ContextSpan | None) -> Tensor:
         q, k, v, f, b, weight, A_log, dt_bias = local.values()
         xs, state, cu = [q, k, v], None, context.cu_seqlens
         if span is not None:
@@ -189,19 +218,29 @@ def check_mixer(device: torch.device, dtype: torch.dtype, T: int, H: int, K: int
         xs, _ = causal_conv(xs, weight, initial_state=state, cu_seqlens=cu)
         q, k, v = (y.unflatten(-1, (H, K)) for y in xs)
         if span is None:
-            o, _ = fused_kda(q, k, v, f, b, A_log, dt_bias, cu_seqlens=cu)
-        else:
-            o = span.delta_rule(q, k, v, f, b, A_log, dt_bias)
-        o.backward((do if span is None else span.cut(do)).to(o.dtype))
-        return o.detach(), {k: leaf.grad for k, leaf in leaves.items()}
+            return fused_kda(q, k, v, f, b, A_log, dt_bias, cu_seqlens=cu)[0]
+        return span.delta_rule(q, k, v, f, b, A_log, dt_bias)
 
-    (got, own), (want, grads) = run(x, context, dtype), run(x, None, dtype)
-    exact, gold = run(x, None, torch.float64)
-    assert_as_good_as("o", got, *(context.cut(o) for o in (want, exact)))
-    for name, g in own.items():
-        total = g.float() if dtype != torch.float64 else g
-        dist.all_reduce(total)  # of the inputs each rank has its own span, zero elsewhere
-        assert_as_good_as(name, total.to(g.dtype), grads[name], gold[name], dtype)
+    check_op(mixer, x, do, context, weights)
+
+
+def check_attention(device: torch.device, dtype: torch.dtype, T: int) -> None:
+    """Of one document and of two; long enough for cuDNN, where there is one."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"q": (1, T, 4, 192), "latent": (1, T, 576), "w_kv": (4 * 256, 512)}
+    x = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    x["w_kv"] /= 512**0.5
+    x = {name: t.to(device, dtype) for name, t in x.items()}
+    do = torch.randn(1, T, 4, 128, generator=rng).to(device, dtype)
+    for ends in ((T,), (T // 7, T)):
+        context = row_of(device, *ends)
+
+        def attention(local, span, cu=context.cu_seqlens):
+            if span is None:
+                return latent_attention(**local, scale=192**-0.5, cu_seqlens=cu)
+            return span.attention(**local, scale=192**-0.5)
+
+        check_op(attention, x, do, context, ("w_kv",))
 
 
 def check_training(device: torch.device) -> None:
@@ -224,7 +263,7 @@ def check_training(device: torch.device) -> None:
     assert losses[4:] == pytest.approx(losses[:4], rel=FLOOR[torch.float32])
     assert losses[3] < losses[0]
     for (name, x), y in zip(split.named_parameters(), whole.parameters(), strict=True):
-        assert rel_err(x.full_tensor(), y) < FLOOR[torch.float32], name
+        assert rel_err(x.full_tensor(), y) < 10 * FLOOR[torch.float32], name  # steps add to it
 
 
 def check_refusals(device: torch.device) -> None:
@@ -272,7 +311,9 @@ def main(kind: str) -> None:
     check_steps(device)
     check_inference(device)
     check_mixer(device, torch.float32, 200, 8, 16)
+    check_attention(device, torch.float32, 500)
     if kind == "cuda":
+        check_attention(device, torch.bfloat16, 2000)
         check_mixer(device, torch.bfloat16, 2000, 32, 128)
     check_training(device)
     dist.destroy_process_group()
