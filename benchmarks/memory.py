@@ -8,7 +8,6 @@ What is longer than what does not fit is not tried, and does not fit either.
 import argparse
 import datetime
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from benchmarks.inputs import DTYPE, Shape
 from benchmarks.model_ops import MODEL
 from benchmarks.model_step import config, model_of
 from benchmarks.recorder import Recorder
-from benchmarks.results import ROOT, Row, read, slug
+from benchmarks.results import ROOT, Row, read, slug, update
 from benchmarks.timing import synchronize
 
 FOLDER = Path("benchmarks/results/memory")  # from the root of the repository
@@ -130,13 +129,6 @@ def rows_of(
             yield asdict(setting) | case | {"fits": fits, "peak_gb": peak, "seconds": seconds}
 
 
-def save(path: Path, row: Row) -> None:
-    """Write `row` to the file, in place of the one with the same key."""
-    rows = [r for r in read(path) if any(r[name] != row[name] for name in KEY)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, row]), "utf-8")
-
-
 def cell(row: Row) -> str:
     """GB and seconds: `41.3, 1.27 s`."""
     if not row["fits"]:
@@ -204,7 +196,7 @@ def main(
         if setting.trained not in args.trained:
             continue
         for row in rows_of(setting, sizes, lengths, device):
-            save(path, row | facts)
+            update(path, row | facts, KEY)
             checkpointing = "checkpointing" if row["checkpointing"] else ""
             print(*asdict(setting).values(), checkpointing, row["tokens"], cell(row), flush=True)
             if time.monotonic() > end:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks import memory
+from benchmarks import context, memory
 from benchmarks.capacity import MOST_ROWS
 from benchmarks.op import FLOORS
 from benchmarks.ops import OPS
@@ -45,6 +45,7 @@ LARGEST = (
     "sequences; the floor is that of the batch:"
 )
 MISSING = "-"
+TABLES = {"context": context.tables, "memory": memory.tables}  # of files of their own
 T = TypeVar("T", str, tuple)
 
 
@@ -186,8 +187,8 @@ def readme_with(text: str, rows_of: dict[str, list[Row]], images: Sequence[Drawi
 
     def block(found: re.Match) -> str:
         op = found[2]
-        if op == "memory":
-            return found[1] + memory.tables(root) + found[3]
+        if op in TABLES:
+            return found[1] + TABLES[op](root) + found[3]
         sections = []
         for gpu, rows in rows_of.items():
             mine = [i for i in images if (i.gpu, i.plot.op) == (gpu, op)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def read(path: Path) -> list[Row]:
 def per_token(row: Row) -> float:
     """Milliseconds of one step for each of its rows."""
     return row["ms_p50"] / row["batch"]
+
+
+def update(path: Path, row: Row, key: Sequence[str]) -> None:
+    """Write `row` to a file, in place of the one with the same `key`."""
+    rows = [r for r in read(path) if any(r[name] != row[name] for name in key)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, row]), "utf-8")
 
 
 def replace(path: Path, row: Row) -> None:
