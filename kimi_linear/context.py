@@ -133,7 +133,7 @@ class ContextSpan:
         self.documents = _bounds(cuts, row.device)
         rest = cuts[1:] if self.head else cuts
         self.rest = _bounds([c - self.head for c in rest], row.device)  # those after the head
-        self.borders, self.middles = borders, None  # of the spans, if they share MLA's work
+        self.borders, self.middles = borders, None  # middles of spans, where MLA's work is shared
         if len(set(ends)) == 2 and 2 * n <= T:
             self.middles = [(a + b) // 2 for a, b in itertools.pairwise(borders)]
 
