@@ -71,9 +71,10 @@ def tables(root: Path) -> str:
     """Markdown, for each GPU and model: a row per length and number of GPUs."""
     text = ""
     rows = [row for file in sorted((root / FOLDER).glob("*.jsonl")) for row in read(file)]
+    rows = sorted(rows, key=lambda r: [r[name] for name in ("gpu", "L", "E", "tokens", "gpus")])
     by_model = itertools.groupby(rows, lambda r: (r["gpu"], r["L"], r["E"]))
     for (gpu, L, E), found in by_model:
-        rows = sorted(found, key=lambda r: (r["tokens"], r["gpus"]))
+        rows = list(found)
         alone = {row["tokens"]: row["ms"] for row in rows if row["gpus"] == 1}
         text += f"\nOn {gpu}, {L} layers of {E} experts, bfloat16, one document:\n\n"
         text += "| tokens | GPUs | ms | one GPU / this | GB per GPU |\n"
@@ -96,7 +97,7 @@ def main(
     parser.add_argument("--out", type=Path, help=f"default: {FOLDER}/<gpu>.jsonl")
     parser.add_argument("--git", help="the commit, where there is no repository to ask")
     args = parser.parse_args(argv)
-    if "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         parser.error("want several processes, as torchrun starts them")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

@@ -30,10 +30,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kimi_kernels import fused_kda, latent_attention
 from kimi_kernels.checks import accumulation_dtype
 from kimi_linear.layout import PACKING_KEYS, TokenLayout, packing_arguments, plan_tokens
+from kimi_linear.loss import keeps_all
 
 Group = dist.ProcessGroup | None
 IGNORED = -100  # the label of a token that nothing predicts
@@ -47,13 +49,15 @@ def shard_sequence(batch: Mapping[str, Any], group: Group = None) -> dict[str, A
 
     The loss is that of the whole batch, on every rank. The mean of a parameter's gradients over the
     ranks is its gradient: DDP and FSDP take it, a loop of one's own all-reduces. Logits, hidden
-    states and router logits are those of the span, `[1, t, ...]`.
+    states and router logits are those of the span, `[1, t, ...]`. Ids and ends of documents are
+    compared between the ranks; labels and embeddings are not.
 
     Args:
         batch: arguments of `KimiLinearForCausalLM.forward`, without a cache. Its rows become one:
             padding is taken out, rows and packed documents follow one another. `labels` are shifted
-            before the cut: the last token of a span predicts the first of the next. What does not
-            describe the row stays as it is.
+            before the cut: the last token of a span predicts the first of the next. After padding
+            that of the first token is -100, as nothing predicts it. What does not describe the row
+            stays as it is.
         group: the processes that share the row; by default all. With DDP a group of its own
             (`torch.distributed.new_group`): DDP sends gradients while the layers send theirs.
 
@@ -62,17 +66,21 @@ def shard_sequence(batch: Mapping[str, Any], group: Group = None) -> dict[str, A
         span, and `context`, by which the model knows the rest.
 
     Raises:
-        ValueError: an argument that does not fit, fewer tokens than ranks, or batches that differ
-            between the ranks.
+        ValueError: an argument that does not fit, fewer tokens than ranks, a process that is not in
+            the group, or ids or ends of documents that differ between the ranks.
     """
     batch = {k: x for k, x in batch.items() if x is not None}
     for name in ("past_key_values", "use_cache"):
         if batch.get(name):
             raise ValueError(f"{name} is given, but a span of a sequence cannot fill a cache")
-    name = "input_ids" if "input_ids" in batch else "inputs_embeds"
-    x = batch.get(name)
-    if x is None or x.ndim < 2:
-        raise ValueError("input_ids or inputs_embeds: want one of them, [batch, tokens, ...]")
+    if not keeps_all(batch.get("logits_to_keep", 0)):
+        raise ValueError("logits_to_keep is given, but a span has the logits of its own tokens")
+    names = [name for name in ("input_ids", "inputs_embeds") if name in batch]
+    if len(names) != 1:
+        raise ValueError(f"input_ids or inputs_embeds: want one of them, got {names}")
+    name, x = names[0], batch[names[0]]
+    if x.ndim != (2 if name == "input_ids" else 3) or not x.shape[0] * x.shape[1]:
+        raise ValueError(f"{name} has shape {list(x.shape)}, want [batch, tokens, ...], not empty")
     mask, ids, cu_seqlens = (
         batch.pop(k, None) for k in ("attention_mask", "position_ids", "cu_seqlens")
     )
@@ -84,16 +92,21 @@ def shard_sequence(batch: Mapping[str, Any], group: Group = None) -> dict[str, A
     row = layout.pack(x)
     context = ContextSpan(row, layout.cu_seqlens, group)
     batch |= {name: context.cut(row), "context": context}
+    ignored = batch.get("ignore_index", IGNORED)
+    for name in ("labels", "shift_labels"):
+        if name in batch and batch[name].shape != layout.shape:
+            shapes = list(batch[name].shape), list(layout.shape)
+            raise ValueError(f"{name} has shape {shapes[0]}, want {shapes[1]}")
     if "labels" in batch and "shift_labels" not in batch:
-        batch["shift_labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        batch["shift_labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=ignored)
     for name in ("labels", "shift_labels"):
         if name in batch:
-            if batch[name].shape != layout.shape:
-                shapes = list(batch[name].shape), list(layout.shape)
-                raise ValueError(f"{name} has shape {shapes[0]}, want {shapes[1]}")
             row = layout.pack(batch[name])
-            if name == "shift_labels" and row.ne(IGNORED).sum() < batch[name].ne(IGNORED).sum():
-                raise ValueError("labels: padding is to predict a token, want -100 after padding")
+            if name == "shift_labels" and row.ne(ignored).sum() < batch[name].ne(ignored).sum():
+                raise ValueError(
+                    f"labels: padding is to predict a token, want {ignored} for the first token "
+                    "after padding"
+                )
             batch[name] = context.cut(row)
     return batch
 
@@ -113,6 +126,8 @@ class ContextSpan:
     def __init__(self, row: Tensor, cu_seqlens: Tensor, group: Group = None) -> None:
         self.cu_seqlens, self.group = cu_seqlens, group
         self.rank, n = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError(f"group has other processes, want process {dist.get_rank()} in it")
         self._check_same(row, n)
         ends, T = cu_seqlens.tolist(), row.shape[1]
         if n > T:
@@ -307,6 +322,7 @@ class _Gather(torch.autograd.Function):
         return parts, local.view_as(local)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         parts = torch.empty_like(sent := grads[0].contiguous())
         dist.all_to_all_single(parts, sent, group=ctx.group)
@@ -331,6 +347,7 @@ class _Swap(torch.autograd.Function):
         return theirs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         return _Swap.apply(grads[0], *ctx.back), None, None, None
 
@@ -346,5 +363,6 @@ class _Total(torch.autograd.Function):
         return x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         return ctx.ranks * grads[0], None

@@ -45,7 +45,7 @@ def skips_logits(
     return reason is None
 
 
-def _keeps_all(logits_to_keep: int | Tensor) -> bool:
+def keeps_all(logits_to_keep: int | Tensor) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
@@ -57,7 +57,7 @@ def check_labels(
         return
     if labels.shape != x.shape[:2]:
         raise ValueError(f"labels has shape {list(labels.shape)}, want {list(x.shape[:2])}")
-    if shifted is None and not _keeps_all(logits_to_keep):
+    if shifted is None and not keeps_all(logits_to_keep):
         raise ValueError("logits_to_keep with labels: the loss takes all logits, want 0")
 
 
@@ -74,7 +74,7 @@ def why_not_fused(model: Any, labels: Tensor | None, logits_to_keep: int | Tenso
         return "torch.compile cannot trace the fused loss"
     if labels is None:
         return "labels is None"
-    if not _keeps_all(logits_to_keep):
+    if not keeps_all(logits_to_keep):
         return "logits_to_keep is given: the fused loss is that of all positions"
     if model.loss_function is not ForCausalLMLoss:
         return "loss_function is not transformers' ForCausalLMLoss"

@@ -23,10 +23,40 @@ def check_shape(name: str, x: Tensor, *shape: int) -> None:
         raise ValueError(f"{name} has shape {list(x.shape)}, want {list(shape)}")
 
 
+def is_wide_float(dtype: torch.dtype) -> bool:
+    """bf16, fp16, fp32 or fp64."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def check_float(name: str, x: Tensor, like: Tensor) -> None:
-    """`x` must be floating-point and lie on the device of `like`."""
-    if not x.is_floating_point() or x.device != like.device:
-        raise ValueError(f"{name} is {x.dtype} on {x.device}, want floats on {like.device}")
+    """`x` must be of 16 bits or more, floating-point, and lie on the device of `like`."""
+    if not is_wide_float(x.dtype) or x.device != like.device:
+        raise ValueError(
+            f"{name} is {x.dtype} on {x.device}, want floats of 16 bits or more on {like.device}"
+        )
+
+
+def check_number(name: str, x: object) -> None:
+    """`x` must be a Python number."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise ValueError(f"{name} is {x!r}, want a number")
+
+
+def check_norm(norm: object, other: str, like: Tensor, R: int | None = None) -> None:
+    """`norm` must be a weight `[R]` in the dtype of `like`, and eps."""
+    if not isinstance(norm, (tuple, list)) or len(norm) != 2:
+        raise ValueError("norm has other parts, want a weight and eps")
+    weight, eps = norm
+    check_shape("norm[0]", weight, weight.numel() if R is None else R)
+    check_like("norm[0]", weight, other, like)
+    check_number("norm[1]", eps)
+
+
+def channels(name: str, x: Tensor) -> int:
+    """The last dim of `x`, which must have one."""
+    if x.ndim == 0:
+        raise ValueError(f"{name} has no dimensions, want [..., channels]")
+    return x.shape[-1]
 
 
 def check_like(name: str, x: Tensor, other: str, like: Tensor) -> None:
@@ -64,7 +94,7 @@ def count_sequences(cu_seqlens: Tensor | None, x: Tensor) -> int:
         raise ValueError(
             f"cu_seqlens needs one packed row, [1, T, ...], but the batch size is {x.shape[0]}"
         )
-    if x.is_cuda and not cu_seqlens.is_cuda:
+    if (x.is_cuda or cu_seqlens.is_meta) and cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, want {x.device}")
     if cu_seqlens.device.type == "cpu":
         sequence_bounds(cu_seqlens, x)

@@ -17,7 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_float, check_like, check_shape
+from kimi_kernels.checks import (
+    accumulation_dtype,
+    check_float,
+    check_like,
+    check_norm,
+    check_shape,
+)
 from kimi_kernels.dispatch import use_triton
 from kimi_kernels.rms_norm import rms_norm
 
@@ -49,7 +55,7 @@ def quantize_latents(latent: Tensor, R: int) -> QuantizedLatents:
     """The definition. Each token by itself; one that is not finite stays so, all of it.
 
     Args:
-        latent: `[..., R + P]`, c and then k_r; any float dtype.
+        latent: `[..., R + P]`, c and then k_r; bf16, fp16, fp32 or fp64, finite in fp32.
         R: channels of c, at least 1.
 
     Returns:
@@ -66,6 +72,12 @@ def quantize_latents(latent: Tensor, R: int) -> QuantizedLatents:
     # a product: on a GPU torch divides by a number by its reciprocal, on a CPU it does not
     scale = (c.abs().amax(-1) * RECIPROCAL).clamp_min(LEAST)
     return QuantizedLatents((c / scale[..., None]).to(FP8), k_r, scale)
+
+
+def check_latents(name: str, x: object) -> None:
+    """Raise a `ValueError` unless `x` is a tensor or `QuantizedLatents`."""
+    if not isinstance(x, (Tensor, QuantizedLatents)):
+        raise ValueError(f"{name} is a {type(x).__name__}, want a tensor or QuantizedLatents")
 
 
 def check_quantized(latents: QuantizedLatents, B: int, S: int, R: int, P: int, q: Tensor) -> None:
@@ -106,22 +118,29 @@ def store_latents(
     """
     if latent.ndim != 2:
         raise ValueError(f"latent has shape {list(latent.shape)}, want [N, R + P]")
+    check_float("latent", latent, latent)
     (N, L), fp8 = latent.shape, isinstance(into, QuantizedLatents)
+    check_latents("into", into)
     held = into if fp8 else (into,)
+    if held[0].ndim != 3:
+        raise ValueError(f"into has shapes {[list(x.shape) for x in held]}, want [B, S, ...]")
     B, S = held[0].shape[:2]
+    if norm is not None:
+        check_norm(norm, "latent", latent, into.c.shape[2] if fp8 else None)
+    R = into.c.shape[2] if fp8 else L if norm is None else norm[0].numel()
+    if not 0 < R <= L:
+        name, x = ("latent", latent) if fp8 or norm is None else ("norm[0]", norm[0])
+        raise ValueError(f"{name} has shape {list(x.shape)}, want 0 < R <= {L} channels, not {R}")
     if fp8:
-        R = into.c.shape[2]
         check_quantized(into, B, S, R, L - R, latent)
     else:
-        R = L if norm is None else min(L, norm[0].numel())
         check_shape("into", into, B, S, L)
         check_like("into", into, "latent", latent)
-    if norm is not None:
-        check_shape("norm[0]", norm[0], R)
-        check_like("norm[0]", norm[0], "latent", latent)
     for name, x in (("rows", rows), ("columns", columns)):
-        if x is None:
+        if x is None and name == "rows":
             continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is {x!r}, want a tensor")
         check_shape(name, x, N)
         if x.dtype != torch.int64 or x.device != latent.device:
             raise ValueError(

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import check_like, check_list, check_shape
+from kimi_kernels.checks import (
+    channels,
+    check_float,
+    check_like,
+    check_list,
+    check_norm,
+    check_shape,
+    is_wide_float,
+)
 from kimi_kernels.dispatch import use_triton
 from kimi_kernels.operators import wants_gradient
 from kimi_kernels.rms_norm import rms_norm
@@ -56,24 +64,26 @@ def fused_linears(
         `[..., N_i]` each.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together, or a norm without eps.
     """
     check_list("xs", xs)
     check_list("weights", weights)
     if not xs or len(xs) != len(weights):
         raise ValueError(f"got {len(xs)} xs and {len(weights)} weights, want as many, at least one")
-    x = xs[0]
+    x, K = xs[0], channels("xs[0]", xs[0])
+    check_float("xs[0]", x, x)
     for i, (y, w) in enumerate(zip(xs, weights, strict=True)):
         check_shape(f"xs[{i}]", y, *x.shape)
         check_like(f"xs[{i}]", y, "xs[0]", x)
         if w.ndim != 2:
-            raise ValueError(f"weights[{i}] has shape {list(w.shape)}, want [N, {x.shape[-1]}]")
-        check_shape(f"weights[{i}]", w, w.shape[0], x.shape[-1])
+            raise ValueError(f"weights[{i}] has shape {list(w.shape)}, want [N, {K}]")
+        check_shape(f"weights[{i}]", w, w.shape[0], K)
         check_like(f"weights[{i}]", w, "xs[0]", x)
     out, own = dtype or x.dtype, () if norm is None else norm[:1]
-    for w in own:
-        check_shape("norm[0]", w, x.shape[-1])
-        check_like("norm[0]", w, "xs[0]", x)
+    if not is_wide_float(out):
+        raise ValueError(f"dtype is {out}, want a float of 16 bits or more")
+    if norm is not None:
+        check_norm(norm, "xs[0]", x, K)
     if residual is not None:
         if len(weights) != 1:
             raise ValueError(f"residual goes with one weight, got {len(weights)}")

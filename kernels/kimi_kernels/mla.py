@@ -39,12 +39,13 @@ from kimi_kernels.checks import (
     accumulation_dtype,
     check_float,
     check_like,
+    check_number,
     check_shape,
     count_sequences,
     sequence_bounds,
 )
 from kimi_kernels.dispatch import reference_only, use_triton
-from kimi_kernels.latents import QuantizedLatents, check_quantized
+from kimi_kernels.latents import QuantizedLatents, check_latents, check_quantized
 from kimi_kernels.mla_past import attend_after_others, cudnn_attention
 from kimi_kernels.operators import wants_gradient
 
@@ -235,6 +236,8 @@ def latent_attention(
         ValueError: shapes, dtypes or devices that do not fit together, or Triton is forced on what
             has no kernel.
     """
+    check_latents("latent", latent)
+    check_number("scale", scale)
     fp8 = isinstance(latent, QuantizedLatents)
     c = latent.c if fp8 else latent
     if q.ndim != 4 or c.ndim != 3 or (fp8 and latent.k_r.ndim != 3) or w_kv.ndim != 2:
@@ -244,6 +247,8 @@ def latent_attention(
         )
     (B, T, H, D), S, R = q.shape, c.shape[1], w_kv.shape[1]
     check_float("q", q, q)
+    if H == 0:
+        raise ValueError("q has no heads, want [B, T, H, D] with H > 0")
     if isinstance(latent, QuantizedLatents):
         L = R + latent.k_r.shape[2]
         check_quantized(latent, B, S, R, L - R, q)

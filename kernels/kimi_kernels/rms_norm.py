@@ -13,7 +13,14 @@ Backward, with x̂ = h·r, a = dy·w and dh the gradient of the sum from elsewhe
 import torch
 from torch import Tensor
 
-from kimi_kernels.checks import accumulation_dtype, check_float, check_like, check_shape
+from kimi_kernels.checks import (
+    accumulation_dtype,
+    channels,
+    check_float,
+    check_like,
+    check_number,
+    check_shape,
+)
 from kimi_kernels.dispatch import use_triton
 
 
@@ -36,7 +43,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor:
         `[..., D]` in the dtype that `x` and `w` promote to. Differentiable in both.
 
     Raises:
-        ValueError: a wrong shape, dtype or device.
+        ValueError: a wrong shape, dtype or device, or eps that is no number.
     """
     return _run(x, None, w, eps)[0]
 
@@ -63,8 +70,9 @@ def add_rms_norm(
 
 def _run(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     check_float("x", x, x)
-    check_shape("w", w, x.shape[-1])
+    check_shape("w", w, channels("x", x))
     check_float("w", w, x)
+    check_number("eps", eps)
     if not use_triton(x):
         h = x if residual is None else x + residual
         return rms_norm_ref(h, w, eps), h

@@ -28,7 +28,7 @@ def test_on_one_and_on_two(tmp_path):
 
 
 def test_without_a_launcher(capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(SystemExit):
         context.main([])
     assert "want several processes" in capsys.readouterr().err

@@ -159,6 +159,8 @@ def test_reference_gradcheck():
         ("w", {"w": torch.zeros(1, 6)}),
         ("w", {"w": torch.zeros(1)}),
         ("w", {"w": torch.zeros(6, device="meta")}),
+        ("x", {"x": torch.zeros(()), "g": torch.zeros(())}),
+        ("eps", {"eps": None}),
         ("x", {"x": torch.zeros(4, 6).long(), "g": torch.zeros(4, 6).long()}),
     ],
 )

@@ -317,6 +317,7 @@ D = 3 * 13
         (r"xs\[2\]", [torch.zeros(2, n, 12 + 3 * (n > 1)) for n in (1, 1, 2)]),
         (r"xs\[0\]", [torch.zeros(2, 1, n).double() for n in (12, 12, 15)]),
         ("xs", [torch.zeros(2, 1, n) for n in (12, 12)]),
+        ("eps", None),
         ("f", torch.zeros(2, 1, 12)),
         ("f", torch.zeros(2, 1, 3, 4, 1)),
     ],

@@ -185,7 +185,16 @@ def test_errors():
         r"norm\[0\] is": {"norm": (torch.zeros(8, device=DEVICE).half(), 1e-6)},
         r"norm\[0\] has shape \[13\]": {"norm": (torch.zeros(13, device=DEVICE), 1e-6)}
         | {"into": torch.zeros(1, 4, 12, device=DEVICE)},
-        "into has shape": {"into": torch.zeros(1, 4, 11, device=DEVICE)},
+        r"norm\[0\] has shape \[0\]": {"norm": (torch.zeros(0, device=DEVICE), 1e-6)}
+        | {"into": torch.zeros(1, 4, 12, device=DEVICE)},
+        r"norm\[1\]": {"norm": (torch.zeros(8, device=DEVICE), None)},
+        "norm has": {"norm": (torch.zeros(8, device=DEVICE),)},
+        r"latent has shape \[2, 7\]": {"latent": good["latent"][:, :7]},
+        "latent is": {"latent": good["latent"].long()},
+        "into is a tuple": {"into": tuple(into)},
+        "into has shapes": {"into": into._replace(c=into.c[0])},
+        "columns is None": {"columns": None},
+        "into has shape \\[": {"into": torch.zeros(1, 4, 11, device=DEVICE)},
         "into is": {"into": torch.zeros(1, 4, 12, device=DEVICE).half()},
         "latent has 2 tokens, want as many": {"into": buffer(3, 4, 8, 4, torch.float32)}
         | {"rows": None},

@@ -199,6 +199,15 @@ def test_gradients_and_fp64_take_the_reference(rows, dtype):
         ({"weights": [torch.zeros(3, 4).half(), torch.zeros(3, 4)]}, r"weights\[0\] is torch.fl"),
         ({"norm": (torch.zeros(3), 1e-5)}, r"norm\[0\] has shape \[3\], want \[4\]"),
         ({"norm": (torch.zeros(4).half(), 1e-5)}, r"norm\[0\] is torch.float16"),
+        ({"norm": torch.zeros(2, 4)}, "norm has other parts"),
+        ({"norm": (torch.zeros(4),)}, "norm has other parts"),
+        ({"norm": (torch.zeros(4), torch.zeros(()))}, r"norm\[1\] is tensor.*, want a number"),
+        ({"dtype": torch.int32}, r"dtype is torch\.int32"),
+        ({"xs": [torch.zeros(())] * 2}, r"xs\[0\] has no dimensions"),
+        (
+            {"xs": [torch.zeros(2, 4).int()] * 2, "weights": [torch.zeros(3, 4).int()] * 2},
+            r"xs\[0\] is torch\.int32",
+        ),
         ({"residual": torch.zeros(2, 3)}, "residual goes with one weight, got 2"),
         (
             {"xs": [torch.zeros(2, 4)], "weights": [torch.zeros(3, 4)]}

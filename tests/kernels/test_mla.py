@@ -439,6 +439,8 @@ def test_memory_of_a_long_past():
         ("q, latent, w_kv", {"w_kv": torch.zeros(3, 9, 6)}),
         ("q", {x: torch.zeros(s).long() for x, s in zip(
             ("q", "latent", "w_kv"), ((2, 4, 3, 6), (2, 4, 8), (27, 6)), strict=True)}),
+        ("q", {"q": torch.zeros(2, 4, 0, 6)}),
+        ("latent", {"latent": tuple(quantize_latents(torch.zeros(2, 4, 8), 6))}),
         ("latent", {"latent": torch.zeros(1, 4, 8)}),
         ("latent", {"latent": torch.zeros(2, 4, 8).double()}),
         ("latent", {"latent": torch.zeros(2, 4, 8, device="meta")}),
@@ -454,14 +456,17 @@ def test_memory_of_a_long_past():
         ("positions", {"positions": torch.zeros(2, 4, device="meta").long()}),
         ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 4])}),
         ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 4]), "positions": last(2, 4, 4)}),
+        ("cu_seqlens", {"q": torch.zeros(1, 4, 3, 6), "latent": torch.zeros(1, 4, 8),
+                        "cu_seqlens": torch.zeros(2, device="meta").long()}),
+        ("scale", {"scale": None}),
     ],
 )  # fmt: skip
 def test_errors(name, change):
     good = {"q": torch.zeros(2, 4, 3, 6), "latent": torch.zeros(2, 4, 8)}
-    good |= {"w_kv": torch.zeros(27, 6)}
-    latent_attention(**good, scale=1.0)
+    good |= {"w_kv": torch.zeros(27, 6), "scale": 1.0}
+    latent_attention(**good)
     with pytest.raises(ValueError, match=rf"^{name}\b"):
-        latent_attention(**(good | change), scale=1.0)
+        latent_attention(**(good | change))
 
 
 @pytest.mark.parametrize("cu", [[1, 4], [0, 3, 2, 4], [0, 3], [0, 5], [[0, 4]], [0], [0.0, 4.0]])

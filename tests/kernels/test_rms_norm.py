@@ -155,6 +155,9 @@ def test_reference_gradcheck():
         ("w", {"w": torch.zeros(5)}),
         ("w", {"w": torch.zeros(1, 6)}),
         ("w", {"w": torch.zeros(6, device="meta")}),
+        ("x", {"x": torch.zeros(()), "residual": torch.zeros(())}),
+        ("x", {x: torch.zeros(4, 6).to(torch.float8_e4m3fn) for x in ("x", "residual")}),
+        ("eps", {"eps": None}),
         ("x", {"x": torch.zeros(4, 6).long(), "residual": torch.zeros(4, 6).long()}),
     ],
 )

@@ -66,6 +66,15 @@ def answer_only(tokens: int) -> dict[str, Tensor]:
     return batch
 
 
+def ignoring(index: int) -> dict[str, Any]:
+    batch = one_row(60, 130)
+    return (
+        batch
+        | {"labels": batch["labels"].where(batch["labels"] % 3 > 0, index)}
+        | {"ignore_index": index}
+    )
+
+
 # of 130 tokens two ranks have 65 each, three 43, 43 and 44
 BATCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "one document": lambda: one_document(130),
@@ -77,6 +86,7 @@ BATCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "the collator's": lambda: flattened(3, 97, 30),
     "padded rows": padded,
     "labels on the last rank": lambda: answer_only(130),
+    "another label is ignored": lambda: ignoring(-1),
     "counted labels": lambda: one_row(100, 130, num_items_in_batch=200),
 }
 
@@ -281,6 +291,11 @@ def check_refusals(device: torch.device) -> None:
         ({"input_ids": ids, "past_key_values": cache}, "past_key_values is given"),
         ({"labels": ids}, "input_ids or inputs_embeds"),
         ({"input_ids": ids[:, : n - 1]}, f"{n - 1} tokens, want at least one for each of {n}"),
+        ({"input_ids": ids, "inputs_embeds": ids[..., None].float()}, "want one of them, got"),
+        ({"inputs_embeds": ids.float()}, "inputs_embeds has shape"),
+        ({"input_ids": ids[:, :0]}, "not empty"),
+        ({"input_ids": ids, "labels": ids[0]}, "labels has shape"),
+        ({"input_ids": ids, "logits_to_keep": 1}, "logits_to_keep is given"),
         ({"input_ids": other}, "differs between the ranks"),
         ({"input_ids": ids, "labels": ids[:, 1:]}, "labels has shape"),
         ({"input_ids": ids, "attention_mask": left, "labels": ids}, "padding is to predict"),
@@ -288,6 +303,10 @@ def check_refusals(device: torch.device) -> None:
     ):
         with pytest.raises(ValueError, match=match):
             shard_sequence(wrong)
+    group = dist.new_group([0])  # every process takes part in making it
+    if dist.get_rank():
+        with pytest.raises(ValueError, match="group has other processes"):
+            shard_sequence(batch, group)
     for wrong, match in (
         (span | {"use_cache": True}, "a span of a sequence cannot fill a cache"),
         (span | {"past_key_values": cache}, "a span of a sequence cannot fill a cache"),

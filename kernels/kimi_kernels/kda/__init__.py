@@ -8,6 +8,7 @@ from kimi_kernels.checks import (
     accumulation_dtype,
     check_float,
     check_like,
+    check_number,
     check_shape,
     check_state,
     count_sequences,
@@ -39,12 +40,13 @@ def _check(q, k, v, g, beta, names, initial_state, cu_seqlens) -> None:
         if x.ndim != ndim:
             want = "[B, T, H, K]" if ndim == 4 else "[B, T, H]"
             raise ValueError(f"{name} has shape {list(x.shape)}, want {want}")
-    if not q.is_floating_point():
-        raise ValueError(f"q is {q.dtype}, want a floating-point dtype")
+    check_float("q", q, q)
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     check_shape("k", k, B, T, H, K)
     check_shape("v", v, B, T, HV, V)
+    if K == 0:
+        raise ValueError(f"q has shape {list(q.shape)}, want [B, T, H, K] with K > 0")
     if H == 0 or HV % H:
         raise ValueError(f"v has {HV} heads, want a multiple of the {H} heads of q and k")
     check_shape(g_name, g, B, T, HV, K)
@@ -231,6 +233,7 @@ def kda_step(
         check_shape(f"xs[{i}]", xs[i], B, T, size)
         check_like(f"xs[{i}]", xs[i], "f", f)
     check_float("f", f, f)
+    check_number("eps", eps)
     check_shape("b", b, B, T, H)
     check_shape("gate", gate, B, T, H, V)
     check_like("gate", gate, "f", f)

@@ -9,7 +9,7 @@ README.md has the backward pass and the plan of the kernels.
 import torch
 from torch import Tensor
 
-from kimi_kernels.checks import check_float, check_like, check_shape
+from kimi_kernels.checks import check_float, check_like, check_norm, check_shape
 from kimi_kernels.dispatch import use_triton
 from kimi_kernels.moe.reference import RENORM_EPS, expert_mlp_ref, route_ref
 from kimi_kernels.rms_norm import rms_norm
@@ -110,6 +110,7 @@ def expert_mlp(
             "want [T, D] and [E, 2F, D]"
         )
     (T, D), (E, F2, _) = x.shape, gate_up.shape
+    check_float("x", x, x)
     check_shape("gate_up", gate_up, E, F2 // 2 * 2, D)
     check_shape("down", down, E, D, F2 // 2)
     if index.ndim != 2:
@@ -124,13 +125,12 @@ def expert_mlp(
     if shared is not None:
         if len(shared) != 3:
             raise ValueError(f"shared has {len(shared)} tensors, want gate, up and down")
-        shape = shared[0].shape[0], D
+        shape = shared[0].shape[0] if shared[0].ndim else 1, D
         for i, (w, want) in enumerate(zip(shared, (shape, shape, shape[::-1]), strict=True)):
             check_shape(f"shared[{i}]", w, *want)
             check_like(f"shared[{i}]", w, "x", x)
     if norm is not None:
-        check_shape("norm[0]", norm[0], D)
-        check_like("norm[0]", norm[0], "x", x)
+        check_norm(norm, "x", x, D)
     if use_triton(x):
         from kimi_kernels.moe.autograd import expert_mlp_triton
 
