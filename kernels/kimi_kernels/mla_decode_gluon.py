@@ -86,6 +86,14 @@ def greatest_of_warps(x):
 
 
 @gluon.jit
+def outgrown(flags):
+    """Whether a warp has left a weight above 2^15 there."""
+    W: gl.constexpr = gl.num_warps()
+    ALL: gl.constexpr = gl.BlockedLayout([W], [32], [W], [0])
+    return gl.max(flags.load(ALL), 0) > 0x47000000
+
+
+@gluon.jit
 def copy_tile(c_tiles, r_tiles, i_b, i, c_s, r_s, bars, count, wanted):
     """Where `wanted`, start to copy tile i of sequence i_b, the count-th of this program."""
     c, r, bar = c_s.index(count % 2), r_s.index(count % 2), bars.index(count % 2)
@@ -111,7 +119,6 @@ def latent_decode_gluon(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BM, 16])
     S_M: gl.constexpr = gl.SliceLayout(0, SCORES)
     O_M: gl.constexpr = gl.SliceLayout(0, OUTPUT)
-    ALL: gl.constexpr = gl.BlockedLayout([W], [32], [W], [0])
     LOAD_C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [W, 1], [1, 0])
     LOAD_R: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
     C_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, R], DT)
@@ -177,7 +184,7 @@ def latent_decode_gluon(
             p_s.index(0).store(b_p.to(DT))
             flags.store(greatest_of_warps(b_p))
             fence_async_shared()
-            if gl.max(flags.load(ALL), 0) > 0x47000000:  # 2^15
+            if outgrown(flags):
                 b_s = gl.where(b_p == 0, -float("inf"), b_s * (scale * RCP_LN2))
                 b_x = gl.max(b_s, 0)
                 b_x = gl.where(b_x > b_m + 15, b_x - 7, b_m)

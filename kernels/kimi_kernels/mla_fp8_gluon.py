@@ -44,6 +44,7 @@ from kimi_kernels.mla_decode_gluon import (
     greatest_of_warps,
     later,
     opaque,
+    outgrown,
     rows,
 )
 from kimi_kernels.mla_decode_triton import (
@@ -132,7 +133,6 @@ def latent_fp8_gluon(
     C8_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, R], F8)
     R_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, L - R], DT)
     QR_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, L - R], DT)
-    ALL: gl.constexpr = gl.BlockedLayout([W], [32], [W], [0])
     Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BM, R], F8)
     P_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], gl.float16)
     c_s = gl.allocate_shared_memory(gl.int16, [2, BN, R // 2], C_TILE)
@@ -222,7 +222,7 @@ def latent_fp8_gluon(
             p_s.store(b_p.to(gl.float16))
             flags.store(greatest_of_warps(b_p))
             fence_async_shared()
-            if gl.max(flags.load(ALL), 0) > 0x47000000:  # 2^15
+            if outgrown(flags):
                 b_s = gl.where(b_e == 0, -float("inf"), b_y * b_g[None, :])
                 b_x = gl.max(b_s + lg2(b_a)[:, None], 0)
                 b_x = gl.where(b_x > b_m + 15, b_x - 7, b_m)
