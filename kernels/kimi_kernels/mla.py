@@ -46,7 +46,7 @@ from kimi_kernels.checks import (
 )
 from kimi_kernels.dispatch import reference_only, use_triton
 from kimi_kernels.latents import QuantizedLatents, check_latents, check_quantized
-from kimi_kernels.mla_past import attend_after_others, cudnn_attention
+from kimi_kernels.mla_past import attend_after_others, cudnn_attention, merge
 from kimi_kernels.operators import wants_gradient
 
 AT_ONCE = 2**30  # numbers of expanded keys and values, or of a mask
@@ -175,8 +175,7 @@ def _in_tiles(q, latent, w_kv, R, scale) -> Tensor:
         o = o.to(lse.dtype)
         for a in range(0, past, tile):
             o_i, lse_i = attend(queries, a, min(a + tile, past), False)
-            o.lerp_(o_i.to(o.dtype), torch.sigmoid(lse_i - lse))  # exp(lse_i - the lse of both)
-            lse = torch.logaddexp(lse, lse_i)
+            o, lse = merge(o, lse, o_i, lse_i)
         out[:, t : t + tile] = o.transpose(1, 2)
     return out
 

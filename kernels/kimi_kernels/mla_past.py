@@ -2,13 +2,9 @@
 
 cuDNN has a causal square and a rectangle without a mask, and no 192 and 128 channels for a mask
 with its diagonal at the lower right. So the queries attend to their own tokens by the one and to
-those before by the other (mla.py):
-
-    lse = log(exp(lse_1) + exp(lse_2))     o = o_1 + exp(lse_2 - lse) (o_2 - o_1)
-
-The weights of all tokens are p = exp(s - lse), and a gradient needs besides them do^T o alone.
-Both are of the whole: with the o and lse above for its own, cuDNN's gradient of either part is the
-part of the whole's that goes through it.
+those before by the other, and the two are merged (mla.py). The weights of all tokens are p = exp(s
+- lse), and a gradient needs besides them do^T o alone. Both are of the whole: with the merged o and
+lse for its own, cuDNN's gradient of either part is the part of the whole's that goes through it.
 """
 
 from typing import Any
@@ -36,14 +32,21 @@ def cudnn_gradient(do, q, k, v, o, lse, state, causal: bool, scale: float) -> tu
     )
 
 
+def merge(o: Tensor, lse: Tensor, o_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two sets of tokens -> to both; o, in the dtype of lse, changes in place."""
+    o.lerp_(o_2.to(o.dtype), torch.sigmoid(lse_2 - lse))  # exp(lse_2 - the lse of both)
+    return o, torch.logaddexp(lse, lse_2)
+
+
 class _AttendAfterOthers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float):
         n = k.shape[2] - q.shape[2]
         o, lse, own = cudnn_attention(q, k[:, :, n:], v[:, :, n:], True, scale)
         o_2, lse_2, past = cudnn_attention(q, k[:, :, :n], v[:, :, :n], False, scale)
-        o = o.to(lse.dtype).lerp_(o_2.to(lse.dtype), torch.sigmoid(lse_2 - lse)).to(q.dtype)
-        ctx.save_for_backward(q, k, v, o, torch.logaddexp(lse, lse_2))
+        o, lse = merge(o.to(lse.dtype), lse, o_2, lse_2)
+        o = o.to(q.dtype)
+        ctx.save_for_backward(q, k, v, o, lse)
         ctx.own, ctx.past, ctx.scale = own, past, scale
         return o
 
