@@ -74,18 +74,17 @@ def tables(root: Path) -> str:
     rows = sorted(rows, key=lambda r: [r[name] for name in ("gpu", "L", "E", "tokens", "gpus")])
     by_model = itertools.groupby(rows, lambda r: (r["gpu"], r["L"], r["E"]))
     for (gpu, L, E), found in by_model:
-        rows = list(found)
-        alone = {row["tokens"]: row["ms"] for row in rows if row["gpus"] == 1}
+        mine = list(found)
+        alone = {row["tokens"]: row["ms"] for row in mine if row["gpus"] == 1}
         text += f"\nOn {gpu}, {L} layers of {E} experts, bfloat16, one document:\n\n"
         text += "| tokens | GPUs | ms | one GPU / this | GB per GPU |\n"
         text += "| ---: | ---: | ---: | ---: | ---: |\n"
-        for row in rows:
+        for row in mine:
             cells = f"{row['tokens']:,}", str(row["gpus"]), f"{row['ms']:,.0f}"
             ratio = alone.get(row["tokens"], float("nan")) / row["ms"]
             text += f"| {' | '.join(cells)} | {ratio:.2f} | {row['peak_gb'] or 0:.1f} |\n"
-        row = rows[0]
-        at = ", ".join(sorted({f"{r['date']} at {r['git']}" for r in rows}))
-        text += f"\ntorch {row['torch']}; measured {at}.\n"
+        at = ", ".join(sorted({f"{r['date']} at {r['git']}" for r in mine}))
+        text += f"\ntorch {mine[0]['torch']}; measured {at}.\n"
     return text
 
 

@@ -42,6 +42,14 @@ def check_number(name: str, x: object) -> None:
         raise ValueError(f"{name} is {x!r}, want a number")
 
 
+def check_rms_norm(x: Tensor, w: Tensor, eps: object) -> None:
+    """`x` must be floats `[..., D]`, `w` floats `[D]` and `eps` a number."""
+    check_float("x", x, x)
+    check_shape("w", w, channels("x", x))
+    check_float("w", w, x)
+    check_number("eps", eps)
+
+
 def check_norm(norm: object, other: str, like: Tensor, R: int | None = None) -> None:
     """`norm` must be a weight `[R]` in the dtype of `like`, and eps."""
     if not isinstance(norm, (tuple, list)) or len(norm) != 2:

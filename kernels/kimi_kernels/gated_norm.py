@@ -12,14 +12,7 @@ Backward, with x̂ = x·r, s = sigmoid(g) and a = do·s·w:
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_kernels.checks import (
-    accumulation_dtype,
-    channels,
-    check_float,
-    check_like,
-    check_number,
-    check_shape,
-)
+from kimi_kernels.checks import accumulation_dtype, check_like, check_rms_norm, check_shape
 from kimi_kernels.dispatch import use_triton
 
 
@@ -47,10 +40,7 @@ def gated_rms_norm(x: Tensor, g: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor
     """
     check_shape("g", g, *x.shape)
     check_like("g", g, "x", x)
-    check_float("x", x, x)
-    check_shape("w", w, channels("x", x))
-    check_float("w", w, x)
-    check_number("eps", eps)
+    check_rms_norm(x, w, eps)
     if not use_triton(x):
         return gated_rms_norm_ref(x, g, w, eps)
     from kimi_kernels.gated_norm_triton import gated_rms_norm_triton

@@ -79,7 +79,7 @@ def fused_linears(
             raise ValueError(f"weights[{i}] has shape {list(w.shape)}, want [N, {K}]")
         check_shape(f"weights[{i}]", w, w.shape[0], K)
         check_like(f"weights[{i}]", w, "xs[0]", x)
-    out, own = dtype or x.dtype, () if norm is None else norm[:1]
+    out = dtype or x.dtype
     if not is_wide_float(out):
         raise ValueError(f"dtype is {out}, want a float of 16 bits or more")
     if norm is not None:
@@ -92,7 +92,7 @@ def fused_linears(
             raise ValueError(
                 f"residual is {residual.dtype} on {residual.device}, want {out} on {x.device}"
             )
-    given = (*xs, *weights, *own, residual)
+    given = (*xs, *weights, None if norm is None else norm[0], residual)
     small = share_a_launch(x, len(weights)) if norm is None else few_rows(x)
     fused = small and use_triton(x) and not wants_gradient(*given)
     if fused and not torch.compiler.is_compiling():

@@ -13,14 +13,7 @@ Backward, with x̂ = h·r, a = dy·w and dh the gradient of the sum from elsewhe
 import torch
 from torch import Tensor
 
-from kimi_kernels.checks import (
-    accumulation_dtype,
-    channels,
-    check_float,
-    check_like,
-    check_number,
-    check_shape,
-)
+from kimi_kernels.checks import accumulation_dtype, check_like, check_rms_norm, check_shape
 from kimi_kernels.dispatch import use_triton
 
 
@@ -69,10 +62,7 @@ def add_rms_norm(
 
 
 def _run(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    check_float("x", x, x)
-    check_shape("w", w, channels("x", x))
-    check_float("w", w, x)
-    check_number("eps", eps)
+    check_rms_norm(x, w, eps)
     if not use_triton(x):
         h = x if residual is None else x + residual
         return rms_norm_ref(h, w, eps), h

@@ -67,12 +67,8 @@ def answer_only(tokens: int) -> dict[str, Tensor]:
 
 
 def ignoring(index: int) -> dict[str, Any]:
-    batch = one_row(60, 130)
-    return (
-        batch
-        | {"labels": batch["labels"].where(batch["labels"] % 3 > 0, index)}
-        | {"ignore_index": index}
-    )
+    batch = one_row(60, 130, ignore_index=index)
+    return batch | {"labels": batch["labels"].where(batch["labels"] % 3 > 0, index)}
 
 
 # of 130 tokens two ranks have 65 each, three 43, 43 and 44
