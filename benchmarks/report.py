@@ -3,7 +3,8 @@
     python -m benchmarks.report            write
     python -m benchmarks.report --check    exit with 1 if that would change anything
 
-The table of an op stands between `<!-- bench:OP -->` and `<!-- /bench:OP -->`.
+The table of an op stands between `<!-- bench:OP -->` and `<!-- /bench:OP -->`: that of the GPU with
+the most results, then those of others, folded.
 """
 
 import argparse
@@ -182,6 +183,11 @@ def section(op: str, rows: Sequence[Row], images: Sequence[Drawing], root: Path)
     return "\n".join(lines)
 
 
+def folded(gpu: str, text: str) -> str:
+    """A section that a reader opens."""
+    return f"\n<details>\n<summary>The same on {gpu}</summary>\n{text}\n</details>\n"
+
+
 def readme_with(text: str, rows_of: dict[str, list[Row]], images: Sequence[Drawing], root: Path):
     """The README with every block written anew; a block whose op has no rows is empty."""
 
@@ -189,23 +195,26 @@ def readme_with(text: str, rows_of: dict[str, list[Row]], images: Sequence[Drawi
         op = found[2]
         if op in TABLES:
             return found[1] + TABLES[op](root) + found[3]
-        sections = []
+        sections: list[str] = []
         for gpu, rows in rows_of.items():
             mine = [i for i in images if (i.gpu, i.plot.op) == (gpu, op)]
             if any(row["op"] == op for row in rows):
-                sections.append(section(op, rows, mine, root))
+                text = section(op, rows, mine, root)
+                sections.append(folded(gpu, text) if sections else text)
         return found[1] + "".join(sections) + found[3]
 
     return BLOCK.sub(block, text)
 
 
 def results(root: Path) -> dict[str, list[Row]]:
-    """GPU -> its rows, of all results files of a repository."""
+    """GPU -> its rows, of all results files of a repository; first the GPU with the most."""
     files = sorted((root / "benchmarks/results").glob("*.jsonl"))
     # a column that is younger than a row is empty there
     empty: Row = dict.fromkeys(COLUMNS)
-    rows = [empty | row for file in files for row in read(file)]
-    return {gpu: [r for r in rows if r["gpu"] == gpu] for gpu in sorted({r["gpu"] for r in rows})}
+    rows_of: dict[str, list[Row]] = {}
+    for row in (empty | row for file in files for row in read(file)):
+        rows_of.setdefault(row["gpu"], []).append(row)
+    return dict(sorted(rows_of.items(), key=lambda found: (-len(found[1]), found[0])))
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:

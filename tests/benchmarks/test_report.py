@@ -238,8 +238,14 @@ def test_rows_are_ordered_as_declared(repository):
 
 
 def test_a_table_per_gpu(repository):
-    text = written(repository(make_row(), make_row(gpu="NVIDIA H200", ms=0.5)))
-    assert [line[-1] for line in table(text)] == ["ours", "---:", "1.00", "ours", "---:", "0.500"]
+    """The GPU with the most rows is in sight, the others are folded."""
+    more = [make_row(gpu="NVIDIA H200", ms=0.5, mode=mode) for mode in ("forward", "train")]
+    text = written(repository(make_row(), *more))
+    first, second = text.split("<details>\n")
+    assert [line[-1] for line in table(first)] == ["ours", "---:", "0.500", "0.500"]
+    assert second.startswith(f"<summary>The same on {H100}</summary>\n\n`kda` on {H100}, ")
+    assert second.index("</details>") < second.index("<!-- /bench:kda -->")
+    assert [line[-1] for line in table(second)] == ["ours", "---:", "1.00"]
 
 
 def test_what_was_measured_at_two_commits(repository):

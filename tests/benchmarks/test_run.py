@@ -140,9 +140,9 @@ def test_what_does_not_fit_is_left_out(tmp_path, green, monkeypatch, capsys):
     assert results.read(out) == []
     told = capsys.readouterr().out
     assert (
-        "model throughput max x 1 x 2 after 37 ours: left out, no sequence fits into 4 GB" in told
+        "model throughput max x 1 x 2 after 37 ours: left out, no sequence fits into 3 GB" in told
     )
-    assert "model prefill 1 x 70 x 2 case: left out, 4 GB do not fit into 4 GB" in told
+    assert "model prefill 1 x 70 x 2 case: left out, 3 GB do not fit into 3 GB" in told
 
 
 @pytest.mark.parametrize("mode", ["cold", "cold_train"])
