@@ -59,7 +59,7 @@ def _model(name: str, mode: str, x: str, title: str, series: paper.Series, **opt
     return Plot(name, "model", mode, x, label, title=title, **given)
 
 
-ONE = {"B": 1, "L": 8}
+ONE = {"B": 1, "L": 8, "E": 256}
 PLOTS = (
     Plot("kda_forward", "kda", "forward", "T", "tokens", {"B": 1, "H": 32}, "BT", "KDA, forward"),
     Plot("kda_step", "kda_step", "decode", "B", "sequences", {"H": 32}, "B", "KDA, decode step"),
@@ -69,7 +69,7 @@ PLOTS = (
     _model("model_decode", "decode_step", "S", "decode, batch 1, 8 layers", paper.DECODE, at=ONE),
     _model(
         "model_decode_27", "decode_step", "S", "decode, batch 1, 27 layers", paper.DECODE,
-        at={"B": 1, "L": 27},
+        at=ONE | {"L": 27},
     ),
     _model(
         "model_throughput", "throughput", "S", "decode at the largest batch, 8 layers",

@@ -33,12 +33,24 @@ def seed():
     torch.manual_seed(0)
 
 
+def give_memory_back():
+    """To the other workers on a GPU: torch keeps what a test has freed."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def keep_little_memory():
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**31:
+        give_memory_back()
+
+
 @pytest.fixture
 def much_memory(tmp_path_factory):
     """For a test that fills tens of GB of a GPU: one at a time, over all workers."""
     with open(tmp_path_factory.getbasetemp().parent / "much_memory.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        torch.cuda.empty_cache()
+        give_memory_back()
         yield
-        gc.collect()
-        torch.cuda.empty_cache()
+        give_memory_back()

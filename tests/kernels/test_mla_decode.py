@@ -434,6 +434,7 @@ def test_less_shared_memory(shared, dtype, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_a_million_tokens(form):
     """2^31 elements are passed within the fourth sequence."""
     S = 2**20
@@ -449,6 +450,7 @@ def test_a_million_tokens(form):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_more_sequences_than_fit_32_bits(form):
     """(P + B) H R elements of partial sums."""
     B = 2**17 + 3

@@ -304,6 +304,7 @@ def test_other_widths(R, P, H, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_a_million_tokens(dtype):
     """2^31 bytes are passed within the fourth sequence, and the last one."""
     S = 2**20
