@@ -7,6 +7,7 @@ tokens, `[1, n, D]`, cut into sequences by `cu_seqlens`. No layer then ever sees
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,11 @@ class TokenLayout:
     # MLA stores at `positions`, and attends to the whole latent buffer, whatever it is filled to
     static: bool = False
     context: ContextSpan | None = None  # these tokens are a span of a row over several processes
+
+    @cached_property
+    def host_seqlens(self) -> Tensor | None:
+        """cu_seqlens for who needs its values on the host, which waits for a GPU only once."""
+        return None if self.cu_seqlens is None else self.cu_seqlens.cpu()
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> what the layers work on: itself, or one row `[1, n, ...]`."""
@@ -99,7 +105,7 @@ def plan_tokens(
                 "cu_seqlens packs documents, but attention_mask marks padding: want one"
             )
         count_sequences(cu_seqlens, x)
-        sequence_bounds(cu_seqlens, x)  # once per forward: the layers' ops do not wait for the GPU
+        sequence_bounds(cu_seqlens, x)  # the layers' ops do not look at values on a GPU
         layout.cu_seqlens, layout.packed = cu_seqlens, True
     elif T > 1 and (ids := position_ids if seq_idx is None else seq_idx) is not None:
         ids = ids.expand(B, T).flatten()

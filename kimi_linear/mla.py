@@ -65,7 +65,7 @@ class KimiLatentAttention(nn.Module):
         else:
             c, k_r = latent.split((self.latent_rank, self.rope_dim), -1)
             latent = torch.cat((own(c).to(k_r.dtype), k_r), -1)
-        w_kv, cu = linear_weight(self.kv_b_proj, latent, self.latent_rank), layout.cu_seqlens
+        w_kv = linear_weight(self.kv_b_proj, latent, self.latent_rank)
         if cache is not None:
             layer = cast(LatentLayerCache, cache.layers[self.layer_idx])
             stored = layer.update(latent, layout, later)
@@ -73,7 +73,8 @@ class KimiLatentAttention(nn.Module):
             o = layout.context.attention(q, latent, w_kv, self.scale)
         elif cache is None or not cache.seen:  # nothing but these tokens
             latent = latent if cache is None else layer.seen(latent)
-            o = latent_attention(q, latent, w_kv, scale=self.scale, cu_seqlens=cu)
+            ends = layout.host_seqlens
+            o = latent_attention(q, latent, w_kv, scale=self.scale, cu_seqlens=ends)
         else:
             q, at = layout.unpack(q), layout.positions
             o = layout.pack(latent_attention(q, stored, w_kv, scale=self.scale, positions=at))

@@ -84,8 +84,10 @@ def check_state(name: str, state: Tensor | None, x: Tensor, dtype: torch.dtype, 
         raise ValueError(f"{name} is {state.dtype} on {state.device}, want {dtype} on {x.device}")
 
 
-def count_sequences(cu_seqlens: Tensor | None, x: Tensor) -> int:
+def count_sequences(cu_seqlens: Tensor | None, x: Tensor, on_host: bool = False) -> int:
     """Sequences in `x` [B, T, ...]: B, or N where `cu_seqlens` [N+1] packs N into one row.
+
+    Where its values are read `on_host`, `cu_seqlens` may be on the CPU and `x` on a GPU.
 
     The values of a `cu_seqlens` on a GPU are not looked at: that would make the host wait for it.
     The kernels read nothing outside the T tokens whatever they are.
@@ -102,9 +104,11 @@ def count_sequences(cu_seqlens: Tensor | None, x: Tensor) -> int:
         raise ValueError(
             f"cu_seqlens needs one packed row, [1, T, ...], but the batch size is {x.shape[0]}"
         )
-    if (x.is_cuda or cu_seqlens.is_meta) and cu_seqlens.device != x.device:
+    on_cpu = cu_seqlens.device.type == "cpu"
+    strict = cu_seqlens.is_meta or (x.is_cuda and not (on_host and on_cpu))
+    if strict and cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, want {x.device}")
-    if cu_seqlens.device.type == "cpu":
+    if on_cpu:
         sequence_bounds(cu_seqlens, x)
     return cu_seqlens.numel() - 1
 

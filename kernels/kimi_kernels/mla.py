@@ -69,12 +69,12 @@ def _keys_and_values(latent, w_kv, R, D_n) -> tuple[Tensor, Tensor]:
     return torch.cat((kv[..., :D_n], k_r), -1), kv[..., D_n:]
 
 
-def _expanded(q, latent, w_kv, R, scale, positions) -> Tensor:
+def _expanded(q, latent, w_kv, R, scale, positions, lengths=None) -> Tensor:
     """q [B, T, H, D_n+P], latent [B, S, R+P], w_kv [H, D_n+D_v, R], positions [B, T].
 
-    Without positions the queries are the last T of S tokens. Where keys and values of all heads
-    would be too many numbers at once, some heads go after the others; where the mask that positions
-    make would, some queries.
+    Without positions the queries are the last T of S tokens, or all of them, in sequences of
+    `lengths`. Where keys and values of all heads would be too many numbers at once, some heads go
+    after the others; where the mask that positions make would, some queries.
     """
     (B, T, H, D), S = q.shape, latent.shape[1]
     D_n = D - (latent.shape[2] - R)
@@ -87,20 +87,24 @@ def _expanded(q, latent, w_kv, R, scale, positions) -> Tensor:
         if positions is None and S > T and _in_two_parts(q_h, k, v):
             parts.append(attend_after_others(q_h, k, v.contiguous(), scale))
             continue
-        blocks = []
-        for t in range(0, max(T, 1), queries):
+        if lengths is not None:
+            blocks = zip(*(x.split(lengths, 2) for x in (q_h, k, v)), strict=True)
+        else:  # `split` would copy a gradient
+            blocks = [(x, k, v) for x in (q_h.split(queries, 2) if queries < T else [q_h])]
+        outputs = []
+        for i, block in enumerate(blocks):
             mask: Any = None
             if positions is not None:
+                t = i * queries
                 mask = _visible(positions[:, t : t + queries], S)[:, None]
             elif S > T:
                 mask = _last_queries(T, S, q)
-            block = q_h[:, :, t : t + queries]
-            blocks.append(
+            outputs.append(
                 F.scaled_dot_product_attention(
-                    block, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+                    *block, attn_mask=mask, is_causal=mask is None, scale=scale
                 )
             )
-        parts.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2))
+        parts.append(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
 
 
@@ -226,7 +230,7 @@ def latent_attention(
             negative one sees none, and its output is 0. Default: the queries are the last T of S
             tokens.
         cu_seqlens: `[N+1]` int32 or int64, ends of the sequences packed into one row (B = 1, S =
-            T); not with `positions`.
+            T); not with `positions`. The host reads it: on a GPU it is waited for, on the CPU not.
 
     Returns:
         `[B, T, H, D_v]` in `q.dtype`. Differentiable in `q`, `latent` and `w_kv`.
@@ -272,7 +276,7 @@ def latent_attention(
             raise ValueError("cu_seqlens cannot be combined with positions")
     elif S < T or (cu_seqlens is not None and S != T):
         raise ValueError(f"latent has {S} tokens, want at least the {T} of q, and {T} when packed")
-    count_sequences(cu_seqlens, q)
+    count_sequences(cu_seqlens, q, on_host=True)
 
     w, D_n = w_kv.view(H, per_head, R), D - P
     decodes = positions is not None or (cu_seqlens is None and S > T)
@@ -292,9 +296,8 @@ def latent_attention(
         latent = latent.dequantize()
 
     if cu_seqlens is not None:
-        bounds = sequence_bounds(cu_seqlens, q)
-        parts = [_expanded(q[:, a:b], latent[:, a:b], w, R, scale, None) for a, b in bounds]
-        return torch.cat(parts, 1)
+        lengths = [b - a for a, b in sequence_bounds(cu_seqlens, q)]
+        return _expanded(q, latent, w, R, scale, None, lengths if len(lengths) > 1 else None)
     if not absorbed:
         return _expanded(q, latent, w, R, scale, positions)
     if positions is None:

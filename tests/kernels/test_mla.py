@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kimi_kernels import latent_attention, mla, quantize_latents
+from kimi_kernels.checks import count_sequences
 from tests.helpers import DEVICE, assert_as_good_as
 
 NAMES = ("o", "dq", "dlatent", "dw_kv")
@@ -218,8 +219,10 @@ def test_later_tokens_change_no_bit(S, dtype):
 
 
 @pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("most", [1, 2**30])  # one head at a time, all
 @pytest.mark.parametrize("lengths", [[3, 4], [0, 2, 0, 5, 1, 0], [7], [0, 0]], ids=str)
-def test_packed_is_separate(lengths, cu_dtype):
+def test_packed_is_separate(lengths, most, cu_dtype, monkeypatch):
+    monkeypatch.setattr(mla, "AT_ONCE", most)
     T = sum(lengths)
     args = make(T, T, B=1)
     ends = torch.tensor([0, *lengths]).cumsum(0)
@@ -235,6 +238,23 @@ def test_packed_is_separate(lengths, cu_dtype):
     got, want = run(args, do, cu_seqlens=ends.to(cu_dtype)), run(args, do, one_by_one)
     for name, a, b in zip(NAMES, got, want, strict=True):
         assert_as_good_as(name, a, b, b)
+
+
+@pytest.mark.gpu
+def test_ends_on_the_host():
+    """Nothing waits for the GPU then, and other ops still want theirs on it."""
+    q, latent, w_kv = (x.cuda().requires_grad_() for x in make(9, 9, B=1, dtype=torch.bfloat16))
+    ends = torch.tensor([0, 2, 2, 9])
+    want = latent_attention(q, latent, w_kv, scale=0.4, cu_seqlens=ends.cuda())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = latent_attention(q, latent, w_kv, scale=0.4, cu_seqlens=ends)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="cu_seqlens is on cpu, want cuda"):
+        count_sequences(ends, q)
 
 
 def test_a_packed_document_does_not_see_its_neighbours():
