@@ -65,6 +65,17 @@ def check_training(split: Model, whole: Model, ids: Tensor) -> None:
         assert torch.equal(a.e_score_correction_bias, b.e_score_correction_bias)
 
 
+def check_an_idle_rank(split: Model, whole: Model, ids: Tensor) -> None:
+    """All tokens choose the experts of rank 0; the other still has a part in every sum."""
+    biases = [r.e_score_correction_bias for m in (split, whole) for r in expert_routers(m).values()]
+    before = [bias.clone() for bias in biases]
+    for bias in biases:
+        bias[: CONFIG.num_experts // 2] += 5
+    check_training(split, whole, ids)
+    for bias, old in zip(biases, before, strict=True):
+        bias.copy_(old)
+
+
 def check_generation(split: Model, whole: Model, ids: Tensor) -> None:
     got, want = (m.eval().generate(ids, max_new_tokens=12, do_sample=False) for m in (split, whole))
     assert torch.equal(got, want)
@@ -142,6 +153,7 @@ def main(folder: Path) -> None:
     check_saving(split, folder, rank)
     check_generation(split, whole, ids)
     check_training(split, whole, ids)
+    check_an_idle_rank(split, whole, ids)
     for model in (split, whole):
         model.gradient_checkpointing_enable()
     check_training(split, whole, ids)

@@ -49,14 +49,14 @@ def expert_mlp_ref(
 ) -> Tensor:
     """[T, D]; arguments as `expert_mlp`. Waits for a GPU, to cut the rows into experts."""
     (T, D), E, k = x.shape, gate_up.shape[0], index.shape[1]
-    flat = index.flatten()
-    flat = flat.where(flat >= 0, E)
+    absent = (index < 0) | (index >= E)
+    flat, weights = index.masked_fill(absent, E).flatten(), weights.masked_fill(absent, 0)
     order = flat.argsort(stable=True)  # slots grouped by expert
     rows = x[order // k]
     counts = torch.bincount(flat, minlength=E)[:E].tolist()
     parts, start = [], 0
     for e, n in enumerate(counts):
-        if n:
+        if n or e == 0:  # a rank without tokens has a gradient of zeros, not none
             gate, up = F.linear(rows[start : start + n], gate_up[e]).chunk(2, -1)
             parts.append(F.linear(F.silu(gate) * up, down[e]))
             start += n
