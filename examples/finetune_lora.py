@@ -49,7 +49,8 @@ arguments = TrainingArguments(
     bf16=torch.cuda.is_available(),
     logging_steps=10,
 )
-rows = [labelled(tokenizer, json.loads(line)) for line in options.chats.open(encoding="utf-8")]
+lines = options.chats.open(encoding="utf-8")
+rows = [labelled(tokenizer, json.loads(line)) for line in lines if line.strip()]
 collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
 model.save_pretrained(options.output / "adapter")

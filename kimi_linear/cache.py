@@ -269,7 +269,8 @@ class KimiLinearCache(Cache):
 
     `model(..., past_key_values=cache)` and `model.generate(..., past_key_values=cache)` extend it
     in place. `get_seq_length()` counts the columns seen, with padding; `lengths` the real tokens of
-    each row, or it is None while no row had padding.
+    each row, or it is None while no row had padding. What came into it in `torch.inference_mode` is
+    continued without a gradient only; what came with `torch.no_grad`, also with one.
 
     Raises:
         ValueError: another `latent_dtype`.

@@ -5,7 +5,7 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ LIMITS: Limits = {
 }
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """Something the user can put right; printed without a traceback."""
 
 
@@ -77,7 +77,7 @@ def run_train(args: argparse.Namespace) -> None:
     results = train(
         source, texts, Path(args.output),
         steps=args.steps, batch_size=args.batch_size, length=args.length,
-        learning_rate=args.learning_rate, held_out=args.held_out, seed=args.seed,
+        learning_rate=getattr(args, "learning_rate", None), held_out=args.held_out, seed=args.seed,
     )  # fmt: skip
     before, after = results["held_out_loss_before"], results["held_out_loss_after"]
     print(f"held-out loss   {before:.3f} before, {after:.3f} after (nats per token)")
@@ -108,6 +108,17 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {"do_sample": args.temperature > 0} | {name: getattr(args, name) for name in names}
 
 
+@contextlib.contextmanager
+def from_files(path: Path) -> Iterator[None]:
+    """What is wrong with the files of `path` is for the user to put right."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
 def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -117,25 +128,31 @@ def load_tokenizer(path: Path) -> Any:
         raise UsageError(f"{path} has no tokenizer that transformers can load: {error}") from None
 
 
+def check_tokenizer(path: Path, tokenizer: Any, size: int) -> None:
+    """Raise a UsageError if it has more tokens than the model, `size`."""
+    if len(tokenizer) > size:
+        raise UsageError(f"{path} has a tokenizer of {len(tokenizer)} tokens, want at most {size}")
+
+
 def load_model(path: Path, tokenizer: Any, device: str | None) -> Any:
     """The model, if the tokenizer fits it; `device` None is the GPU if there is one."""
     import torch
 
     from kimi_linear.modeling_kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
-    size = KimiLinearConfig.from_pretrained(path).vocab_size
-    if len(tokenizer) > size:
-        raise UsageError(f"{path} has a tokenizer of {len(tokenizer)} tokens, want at most {size}")
+    check_tokenizer(path, tokenizer, KimiLinearConfig.from_pretrained(path).vocab_size)
     if device == "auto":
         if importlib.util.find_spec("accelerate") is None:
             raise UsageError("--device auto needs accelerate: pip install accelerate")
-        return KimiLinearForCausalLM.from_pretrained(path, device_map="auto")
+        with from_files(path):
+            return KimiLinearForCausalLM.from_pretrained(path, device_map="auto")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    model: Any = KimiLinearForCausalLM.from_pretrained(path)
+    with from_files(path):
+        model: Any = KimiLinearForCausalLM.from_pretrained(path)
     return model.to(device)
 
 
@@ -270,8 +287,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int, default=8, help="blocks per step and device")
     train.add_argument("--length", type=int, default=256, help="tokens per block")
     train.add_argument(
-        "--learning-rate", type=float, help="peak, cosine decay; of None 3e-3 from scratch, or 1e-5"
-    )
+        "--learning-rate", type=float, default=argparse.SUPPRESS,
+        help="peak, cosine decay (default: 3e-3 from scratch, 1e-5 for a model directory)",
+    )  # fmt: skip
     train.add_argument("--held-out", type=float, default=0.1, help="share kept for evaluation")
     train.add_argument("--seed", type=int, default=0, help="of initialisation and data order")
 
@@ -310,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (UsageError, ValueError) as error:
+    except ValueError as error:
         print(f"kimi-linear {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -26,6 +26,7 @@ _FIXED = {
     "num_nextn_predict_layers": 0,
     "attention_bias": False,
     "attention_dropout": 0.0,
+    "output_attentions": False,
 }
 _LAYER_TYPES = {
     "layer_types": ("linear_attention", "full_attention"),

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from kimi_kernels.dispatch import may_overlap, overlapping, use_triton
 from kimi_linear.layout import DECODE_TOKENS, decode_layout
-from kimi_linear.linear import project
+from kimi_linear.linear import HOOKS, project
 
 if TYPE_CHECKING:
     from kimi_linear.cache import KimiLinearCache
     from kimi_linear.modeling_kimi_linear import KimiLinearForCausalLM
+
+# hooks that transformers and PEFT leave on the embedding; they do nothing without a gradient
+CHECKPOINTING = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
 
 def why_not_captured(model: KimiLinearForCausalLM) -> str | None:
@@ -35,6 +38,11 @@ def why_not_captured(model: KimiLinearForCausalLM) -> str | None:
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"{name or 'the model'} has a hook of accelerate (several devices, offloading)"
+        hooks = (hook for kind in HOOKS for hook in getattr(module, kind).values())
+        named = (getattr(hook, "__name__", "") for hook in hooks)
+        # those of the whole model run around a graph
+        if name and ("forward" in vars(module) or not set(named) <= CHECKPOINTING):
+            return f"{name} has a hook, or a forward of its own"
     for name, p in model.named_parameters():
         if type(p) not in (Tensor, nn.Parameter):
             return f"{name} is a {type(p).__name__}, want a plain tensor"
@@ -176,11 +184,11 @@ def captured_step(
 
 def decode_graphs(model: KimiLinearForCausalLM, graphs: DecodeGraphs | None) -> DecodeGraphs | None:
     """`graphs` if they still fit the model, or new ones, or None with a warning that says why."""
-    if graphs is not None and graphs.fit(model):
-        graphs.active = True
-        return graphs
     reason = why_not_captured(model)
-    if reason is None:
+    if reason is not None:
+        warnings.warn(f"decoding without a CUDA graph: {reason}", stacklevel=2)
+        return None
+    if graphs is None or not graphs.fit(model):
         return DecodeGraphs(model)
-    warnings.warn(f"decoding without a CUDA graph: {reason}", stacklevel=2)
-    return None
+    graphs.active = True
+    return graphs

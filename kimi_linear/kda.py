@@ -148,6 +148,5 @@ class KimiDeltaAttention(nn.Module):
     def _steps(self, x: Tensor, layout: TokenLayout, layer: KDALayerCache) -> bool:
         """Whether these tokens are decoded: few, after others, unpadded, without a gradient."""
         few = x.shape[1] <= DECODE_TOKENS and layout.cu_seqlens is None
-        offloaded = hasattr(self.conv1d, "_hf_hook") or hasattr(self.o_norm, "_hf_hook")
-        plain = not (torch.is_grad_enabled() or offloaded)
+        plain = not torch.is_grad_enabled() and is_bare(self.conv1d) and is_bare(self.o_norm)
         return few and plain and layer.states()[1] is not None

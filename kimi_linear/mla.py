@@ -9,7 +9,7 @@ from kimi_kernels import latent_attention
 from kimi_linear.cache import KimiLinearCache, LatentLayerCache
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layout import TokenLayout
-from kimi_linear.linear import has_plain_weight, project
+from kimi_linear.linear import has_plain_weight, is_bare, project
 from kimi_linear.norm import KimiLinearRMSNorm
 
 LATENT_NORM_EPS = (
@@ -18,9 +18,16 @@ LATENT_NORM_EPS = (
 
 
 def linear_weight(linear: nn.Module, like: Tensor, rank: int) -> Tensor:
-    """The matrix [out, rank] that `linear` applies, also under LoRA, quantisation or offloading."""
-    if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
+    """The matrix [out, rank] that `linear` applies, also under LoRA, quantisation or offloading.
+
+    Raises:
+        ValueError: it, or an adapter of it, has a bias.
+    """
+    if type(linear) is nn.Linear and linear.bias is None and is_bare(linear):
         return linear.weight.to(like.dtype)
+    for name, _ in linear.named_parameters():
+        if name.split(".")[-1] == "bias":
+            raise ValueError(f"kv_b_proj has {name}, want no bias: MLA takes it for a matrix")
     return linear(torch.eye(rank, device=like.device, dtype=like.dtype)).T
 
 

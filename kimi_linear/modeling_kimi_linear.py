@@ -45,11 +45,10 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
         super().__init__()
         is_kda = config.layer_types[layer_idx] == "linear_attention"
-        is_moe = config.mlp_layer_types[layer_idx] == "sparse"
+        self.is_moe = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = (KimiDeltaAttention if is_kda else KimiLatentAttention)(config, layer_idx)
-        self.mlp = (
-            KimiLinearMoE(config) if is_moe else KimiLinearMLP(config, config.intermediate_size)
-        )
+        dense = config.intermediate_size
+        self.mlp = KimiLinearMoE(config) if self.is_moe else KimiLinearMLP(config, dense)
         self.input_layernorm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -61,13 +60,12 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
         if decodes(x):  # norms and sums in the launches of the projections
             x = self.self_attn(x, layout, past_key_values, self.input_layernorm)
             y = self.mlp(x, self.post_attention_layernorm)
-            return y if isinstance(self.mlp, KimiLinearMoE) else (y, None)
+            return y if self.is_moe else (y, None)
         y = self.self_attn(self.input_layernorm(x), layout, past_key_values)
         y, x = self.post_attention_layernorm(y, x)
-        if isinstance(self.mlp, KimiLinearMoE):
-            y, router_logits = self.mlp(y)
-        else:
-            y = self.mlp(y)
+        y = self.mlp(y)
+        if self.is_moe:
+            y, router_logits = y
         return x + y, router_logits
 
 
@@ -139,7 +137,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """Also of released names, which are those in the files that `Trainer` resumes from."""
-        return super().load_state_dict(in_memory(self, state_dict), strict, assign)
+        return super().load_state_dict(in_memory(self, state_dict, strict), strict, assign)
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """Write the released layout: per-expert tensors, three convolutions, and its config.json.
@@ -229,7 +227,8 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         want_states = _asked(output_hidden_states, self.config.output_hidden_states)
         want_logits = _asked(output_router_logits, self.config.output_router_logits)
         long = math.prod(x.shape[:2]) > PIECE and not (layout.packed or torch.is_grad_enabled())
-        if long and cache is not None and not (want_states or want_logits):
+        balanced = self.training and self.config.router_aux_loss_coef > 0
+        if long and cache is not None and not (want_states or want_logits or balanced):
             return self._in_pieces(x, attention_mask, cache)
         if cache is not None:
             cache.begin(layout.shape[1], layout.cu_seqlens is None)
@@ -237,7 +236,6 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         x = layout.pack(self.embed_tokens(x) if inputs_embeds is None else x)
         states: Any = (x,) if want_states else None
         logits: Any = () if want_logits else None
-        balanced = self.training and self.config.router_aux_loss_coef > 0
         routed: list[Tensor] = []  # for the auxiliary loss: real tokens only
         for layer in self.layers:
             x, router_logits = layer(x, layout, past_key_values=cache)
@@ -401,6 +399,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, AssistedGeneration, Gener
     def generate(self, *args, **kwargs):
         """As transformers has it; the CUDA graphs of its cache serve no other call."""
         parent: Any = super()
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if kwargs.get("inputs_embeds") is None and isinstance(ids, Tensor) and not ids.numel():
+            raise ValueError(f"input_ids has shape {list(ids.shape)}, want at least one token")
         outputs = None
         try:
             outputs = parent.generate(*args, **kwargs)

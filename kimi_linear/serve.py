@@ -93,7 +93,10 @@ class CheckedHandler(BaseHandler):
         if stop is not None and not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop: got {stop!r}, want a string or a list of them, none empty")
         size = self.model_manager.model.config.vocab_size
-        for key in body.get("logit_bias") or ():
+        bias = body.get("logit_bias") or {}
+        if not isinstance(bias, dict):
+            raise ValueError(f"logit_bias: got {bias!r}, want an object")
+        for key in bias:
             if not (key.isdecimal() and int(key) < size):
                 raise ValueError(f"logit_bias: got the token {key!r}, want 0 to {size - 1}")
 
@@ -109,7 +112,8 @@ class CheckedHandler(BaseHandler):
             config.sequence_bias = {(int(k),): float(x) for k, x in bias.items()} or None
         if fields.get("temperature") is not None:
             config.do_sample = config.temperature > 0
-        given = json.loads(body.get("generation_config") or "{}")
+        given = body.get("generation_config") or {}
+        given = json.loads(given) if isinstance(given, str) else given
         if not isinstance(given, dict) or (given := config.update(**given)):
             raise ValueError(f"generation_config: got {given!r}, want fields of GenerationConfig")
         check_sampling(config)

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
-from kimi_linear.cli import Limits, check_limits
+from kimi_linear.cli import Limits, check_limits, check_tokenizer, from_files, load_tokenizer
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import KimiLinearForCausalLM
 from kimi_linear.text import TokenBlocks, byte_tokenizer, unigram_entropy
@@ -23,14 +23,21 @@ LIMITS: Limits = {
 def load_for_training(source: Path):
     """Model and tokenizer: from a model directory, or fresh, on bytes, from a config file."""
     if source.is_dir():
-        model = KimiLinearForCausalLM.from_pretrained(source, dtype=torch.float32)  # to be updated
-        return model, AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
+        check_tokenizer(source, tokenizer, KimiLinearConfig.from_pretrained(source).vocab_size)
+        with from_files(source):  # to be updated, so in fp32
+            return KimiLinearForCausalLM.from_pretrained(source, dtype=torch.float32), tokenizer
     config, tokenizer = KimiLinearConfig.from_json_file(source), byte_tokenizer()
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size: got {config.vocab_size}, want {len(tokenizer)} for bytes")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     return KimiLinearForCausalLM(config), tokenizer
+
+
+def read(path: Path) -> str:
+    with from_files(path):
+        return path.read_text(encoding="utf-8")
 
 
 class _Trainer(Trainer):
@@ -67,15 +74,17 @@ def train(
         taken.
 
     Raises:
-        ValueError: a number out of range, or too little text.
+        ValueError: a number out of range, too little text, or files that cannot be read.
     """
     options = {"steps": steps, "batch_size": batch_size, "length": length, "held_out": held_out}
     check_limits(options, LIMITS)
+    with from_files(output):
+        output.mkdir(parents=True, exist_ok=True)
     if learning_rate is None:
         learning_rate = 1e-5 if source.is_dir() else 3e-3
     set_seed(seed)
+    text = "\n".join(map(read, texts))
     model, tokenizer = load_for_training(source)
-    text = "\n".join(path.read_text(encoding="utf-8") for path in texts)
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     split = int(len(tokens) * (1 - held_out))
     trainer = _Trainer(
@@ -87,7 +96,7 @@ def train(
             per_device_eval_batch_size=batch_size,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=max(1, steps // 20),
+            warmup_steps=steps // 20,  # the first step of a warm-up has a rate of 0
             weight_decay=0.1,
             bf16=torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),

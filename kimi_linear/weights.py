@@ -52,11 +52,6 @@ def released_sources(model: PreTrainedModel) -> dict[str, dict[str, torch.Size]]
     }
 
 
-def released_layout(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors that `model.save_pretrained` writes."""
-    return {n: shape for part in released_sources(model).values() for n, shape in part.items()}
-
-
 def _part(x: Tensor, name: str) -> Tensor:
     """The part of the stacked tensor `x` that the released tensor `name` is."""
     if match := EXPERT.search(name):
@@ -65,13 +60,16 @@ def _part(x: Tensor, name: str) -> Tensor:
     return x.chunk(3)["qkv".index(name.split(".")[-2][0])]
 
 
-def in_memory(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def in_memory(
+    model: PreTrainedModel, state: Mapping[str, Tensor], strict: bool
+) -> Mapping[str, Tensor]:
     """`state` with released tensors renamed and stacked as the modules have them.
 
-    One shard of a checkpoint may hold a part of a stacked tensor; the rest is then the model's own.
+    One shard of a checkpoint may hold a part of a stacked tensor; the rest is then the model's own,
+    unless `strict`.
 
     Raises:
-        ValueError: a part of a stacked tensor has a wrong shape.
+        ValueError: a part of a stacked tensor has a wrong shape, or is missing where `strict`.
     """
     own, new = model.state_dict(), dict(state)
     if new.keys() <= own.keys():
@@ -84,9 +82,11 @@ def in_memory(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Mapping[st
         if len(sources) == 1:
             new.update((param, x) for x in parts.values())
         elif parts:
-            whole = len(parts) == len(sources)
+            missing = [name for name in sources if name not in parts]
+            if missing and strict:
+                raise ValueError(f"the state dict lacks {_some(missing)}")
             first = next(iter(parts.values()))
-            stack = first.new_empty(own[param].shape) if whole else own[param].clone()
+            stack = own[param].clone() if missing else first.new_empty(own[param].shape)
             for name, x in parts.items():
                 if x.shape != sources[name]:
                     shapes = f"{list(x.shape)}, want {list(sources[name])}"
@@ -94,6 +94,10 @@ def in_memory(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Mapping[st
                 _part(stack, name).copy_(x)
             new[param] = stack
     return new
+
+
+def _some(tensors: list[str]) -> str:
+    return "; ".join(tensors[:SHOWN] + ["..."][: len(tensors) > SHOWN])
 
 
 def _shapes(files: Iterable[str]) -> dict[str, torch.Size]:
@@ -173,8 +177,7 @@ def check_checkpoint(
                 wrong.append(f"{names[name]} {list(found[names[name]])}, want {list(shape)}")
     extra = [names[n] for n in names if n not in used and EXPERT.search(n)]
     problems = [
-        f"{what} {len(tensors)} tensor(s): "
-        + "; ".join(tensors[:SHOWN] + ["..."][: len(tensors) > SHOWN])
+        f"{what} {len(tensors)} tensor(s): {_some(tensors)}"
         for what, tensors in (
             ("it lacks", missing),
             ("wrong shape in", wrong),

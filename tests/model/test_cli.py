@@ -109,6 +109,14 @@ TEXT = ["--text", "{text}", "--output", "{dir}/o"]
         (["train", "{tiny}", *TEXT, "--length", "1"], "length: got 1, want at least 2"),
         (["train", "{tiny}", *TEXT, "--held-out", "1.5"], "held_out: got 1.5, want a share"),
         (["train", "{small}", "--text", "{text}", "--output", "{dir}/o"], "vocab_size: got 100"),
+        (["train", "{tiny}", "--text", "{latin}", "--output", "{dir}/o"], "latin.json: 'utf-8'"),
+        (["train", "{tiny}", "--text", "{text}", "--output", "{text}"], "text.json: [Errno"),
+        (["train", "{bare}", *TEXT], "has no tokenizer"),
+        (["train", "{empty}", *TEXT], "empty: "),
+        (["generate", "{empty}", "--prompt", "x"], "empty: "),
+        (["generate", "{cut}", "--prompt", "x"], "cut: "),
+        (["generate", "{few}", "--prompt", "x"], "a tokenizer of 259 tokens, want at most 100"),
+        (["train", "{few}", *TEXT], "a tokenizer of 259 tokens, want at most 100"),
     ],
 )
 def test_errors_are_one_clear_line(arguments, message, tmp_path, capsys):
@@ -120,12 +128,21 @@ def test_errors_are_one_clear_line(arguments, message, tmp_path, capsys):
         "bad": json.dumps({**tiny, "hidden_size": 0}),
         "small": json.dumps({**tiny, "vocab_size": 100, "pad_token_id": 0}),
     }
-    paths = {"dir": tmp_path, "tiny": CONFIGS / "tiny.json", "bare": tmp_path / "bare"}
+    paths = {"dir": tmp_path, "tiny": CONFIGS / "tiny.json"}
     for name, content in files.items():
         paths[name] = tmp_path / f"{name}.json"
         paths[name].write_text(content)
-    paths["bare"].mkdir()
-    (paths["bare"] / "config.json").write_text(json.dumps(tiny))
+    paths["latin"] = tmp_path / "latin.json"
+    paths["latin"].write_bytes(b"caf\xe9")
+    for name in ("bare", "empty", "cut", "few"):
+        paths[name] = tmp_path / name
+        paths[name].mkdir()
+        (paths[name] / "config.json").write_text(
+            files["small"] if name == "few" else json.dumps(tiny)
+        )
+        if name != "bare":
+            byte_tokenizer().save_pretrained(paths[name])
+    (paths["cut"] / "model.safetensors").write_bytes(b"too short")
     assert main([a.format(**paths) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"kimi-linear {arguments[0]}: ") and message in error

@@ -224,6 +224,7 @@ BAD: list[dict[str, Any]] = [
     {"rms_norm_eps": 0.0},
     {"hidden_act": "gelu"},
     {"hidden_act": None},
+    {"output_attentions": True},
     {"moe_router_activation_func": "softmax"},
     {"mla_use_nope": False},
     {"num_nextn_predict_layers": 1},

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
 
 from kimi_linear import KimiLinearCache, decode
 from kimi_linear import modeling_kimi_linear as modeling
@@ -16,6 +17,7 @@ from tests.helpers import assert_as_good_as
 from tests.model.helpers import build, random_ids, small_config
 
 CONFIG = small_config()
+KINDS = "linear", "full"
 
 
 @pytest.fixture
@@ -224,6 +226,16 @@ def test_what_cannot_be_captured(model, monkeypatch):
     assert decode_graphs(model, graphs) is graphs
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     assert decode_graphs(model, graphs) is not graphs
+    model.enable_input_require_grads()  # a hook that checkpointing leaves behind
+    assert why_not_captured(model) is None
+    norm = model.model.norm
+    hook = norm.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match="graph: model.norm has a hook, or a forward of its own"):
+        assert decode_graphs(model, graphs) is None
+    hook.remove()
+    norm.forward = norm.forward
+    assert "model.norm has a hook" in why_not_captured(model)
+    del norm.forward
     model.model.layers[2]._hf_hook = object()
     with pytest.warns(UserWarning, match="graph: model.layers.2 has a hook of accelerate"):
         assert decode_graphs(model, None) is None
@@ -281,6 +293,36 @@ def test_pieces_only_where_a_cache_is_filled_and_nothing_else_is_asked(monkeypat
     calls.clear()
     model(ids, labels=ids)
     assert len(calls) == 1
+    calls.clear()
+    model.train().config.router_aux_loss_coef = 0.1
+    with torch.no_grad():
+        assert model(ids, labels=ids, use_cache=True).aux_loss > 0
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["o_norm", "conv1d", "q_proj", "f_b", "norm", "mla", "kv", "mlp"])
+def test_a_hook_changes_a_step_as_it_does_the_whole(name):
+    """Kernels that take a module's weight, instead of calling it, see it."""
+    model, ids = build(CONFIG).double(), random_ids(CONFIG, 2, 12)
+    layers = model.model.layers
+    kda, mla = (layers[CONFIG.layer_types.index(f"{x}_attention")].self_attn for x in KINDS)
+    modules = {"f_b": kda.forget_gate.f_b_proj, "norm": layers[1].input_layernorm}
+    modules |= {"mla": mla.o_proj, "kv": mla.kv_b_proj}
+    modules["mlp"] = layers[1].mlp.shared_experts.down_proj
+    before = model(ids).logits
+
+    def double(module, args, output):
+        if isinstance(output, Tensor):
+            return 2 * output
+        return tuple(2 * x for x in output[0]), output[1]  # of the convolution, and its state
+
+    (modules.get(name) or getattr(kda, name)).register_forward_hook(double)
+    cache, want = KimiLinearCache(CONFIG), model(ids).logits
+    assert not torch.allclose(want, before)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        got = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 12)]
+    assert_as_good_as("logits", torch.cat(got, 1), want[:, 9:], want[:, 9:])
 
 
 def test_graphs_serve_generate_alone(model, captures):

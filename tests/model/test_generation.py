@@ -359,6 +359,13 @@ def test_refused(name, model):
         model.generate(PROMPT, **options)
 
 
+def test_an_empty_prompt_is_refused(model):
+    none, mask = PROMPT[:, :0], {"attention_mask": PROMPT[:, :0]}
+    for args, options in (((none,), {}), ((), {"input_ids": none} | mask), ((), {"inputs": none})):
+        with pytest.raises(ValueError, match=r"input_ids has shape \[2, 0\], want at least one"):
+            model.generate(*args, **options, max_new_tokens=2)
+
+
 def test_refused_caches(model):
     cache = filled(model, PROMPT[:1, :5])
     for options in ({"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}):

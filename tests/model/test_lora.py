@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithFlattening, Trainer, TrainingArguments
@@ -226,6 +226,25 @@ def test_wrong_arguments(monkeypatch):
             lora_config()
 
 
+def test_a_whole_feed_forward_can_be_trained_beside(model, ids):
+    want = model(ids).logits
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])
+    peft = get_peft_model(model, config)
+    assert torch.equal(peft(ids).logits, want)
+    assert any(".mlp." in name for name in gradients(peft, ids))
+
+
+def test_a_bias_has_no_place_in_kv_b_proj(model, ids):
+    """It is multiplied out, not called: a bias would be lost or count many times."""
+    config = LoraConfig(target_modules=["kv_b_proj"], lora_bias=True)
+    peft = get_peft_model(copy.deepcopy(model), config)
+    with pytest.raises(ValueError, match=r"kv_b_proj has lora_B\.default\.bias, want no bias"):
+        peft(ids)
+    model.model.layers[3].self_attn.kv_b_proj.bias = torch.nn.Parameter(torch.ones(66))
+    with pytest.raises(ValueError, match="kv_b_proj has bias, want no bias"):
+        model(ids)
+
+
 def test_example(tmp_path, monkeypatch, capsys):
     released = tmp_path / "released"
     released.mkdir()
@@ -236,7 +255,7 @@ def test_example(tmp_path, monkeypatch, capsys):
     chats, output = tmp_path / "chats.jsonl", tmp_path / "output"
     turns = [("user", "Hello"), ("assistant", "Yes."), ("user", "Why?"), ("assistant", "So.")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    chats.write_text(f"{json.dumps({'messages': messages})}\n" * 8)
+    chats.write_text(f"{json.dumps({'messages': messages})}\n" * 8 + "\n")
     argv = ["finetune_lora.py", released, chats, output, "--rank", 2, "--experts", "--epochs", 2]
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     runpy.run_path(str(ROOT / "examples" / "finetune_lora.py"), run_name="__main__")

@@ -164,7 +164,8 @@ def test_sampling(client):
     assert text_of(chat(client, temperature=None, seed=1)) != greedy  # sampling is the default
     assert sample(top_p=1e-6) == greedy
     for certain in ({"top_k": 1}, {"min_p": 1.0}, {"temperature": 1e-3}):
-        assert sample(extra_body={"generation_config": json.dumps(certain)}) == greedy
+        for given in (json.dumps(certain), certain):
+            assert sample(extra_body={"generation_config": given}) == greedy
     penalty = {"generation_config": '{"repetition_penalty": 1e-4}'}
     assert text_of(chat(client, extra_body=penalty)) != greedy
     assert text_of(chat(client, frequency_penalty=-0.9999)) == text_of(
@@ -219,6 +220,7 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type":
         ({"response_format": SCHEMA}, "response_format: got"),
         ({"logit_bias": {"a": 1}}, "logit_bias: got the token 'a'"),
         ({"logit_bias": {"2304": 1}}, "want 0 to 2303"),
+        ({"logit_bias": [1]}, "logit_bias: got [1], want an object"),
         ({"tools": ["f"]}, "tools: got ['f']"),
         ({"tool_choice": "required"}, "tool_choice: got 'required'"),
         ({"extra_body": {"generation_config": "{"}}, "Expecting property name"),

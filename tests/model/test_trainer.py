@@ -286,6 +286,11 @@ def test_released_names_in_load_state_dict(tmp_path, model, ids):
     for wrong in (state[name][:5], state[name][:1]):  # one row would broadcast
         with pytest.raises(ValueError, match=rf"{name} has shape .* want \[24, 48\]"):
             fresh.load_state_dict(state | {name: wrong})
+    for lacks in (name, "model.layers.0.self_attn.k_conv1d.weight"):
+        rest = {n: x for n, x in state.items() if n != lacks}
+        with pytest.raises(ValueError, match=f"the state dict lacks {lacks}"):
+            fresh.load_state_dict(rest)
+        assert lacks not in fresh.load_state_dict(rest, strict=False).missing_keys  # its own
     native = native_twin(model)
     native.save_pretrained(tmp_path / "native")  # with its own name for the dense layer
     fresh = KimiLinearForCausalLM(model.config).eval()
