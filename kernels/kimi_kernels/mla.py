@@ -62,11 +62,18 @@ def _visible(positions: Tensor, S: int) -> Tensor:
     return torch.arange(S, device=positions.device) <= positions[..., None]
 
 
-def _keys_and_values(latent, w_kv, R, D_n) -> tuple[Tensor, Tensor]:
-    """latent [B, S, R+P], w_kv [H, D_n+D_v, R] -> k [B, H, S, D_n+P], v [B, H, S, D_v]."""
-    kv = torch.einsum("bsr,hdr->bhsd", latent[..., :R], w_kv)
-    k_r = latent[:, None, :, R:].expand(-1, kv.shape[1], -1, -1)
-    return torch.cat((kv[..., :D_n], k_r), -1), kv[..., D_n:]
+def _keys_and_values(latent, w_kv, R, D_n, in_rows=False) -> tuple[Tensor, Tensor]:
+    """latent [B, S, R+P], w_kv [H, D_n+D_v, R] -> k [B, H, S, D_n+P], v [B, H, S, D_v].
+
+    Where they are `in_rows`, all heads of a token lie together, and the strides of some tokens do
+    not hang on S: cuDNN plans for each set of strides.
+    """
+    kv = torch.einsum("bsr,hdr->bshd", latent[..., :R], w_kv)
+    k_c, v = kv.transpose(1, 2).split((D_n, kv.shape[3] - D_n), -1)
+    k_r = latent[:, None, :, R:].expand(-1, kv.shape[2], -1, -1)
+    if in_rows:
+        return torch.cat((k_c.transpose(1, 2), k_r.transpose(1, 2)), -1).transpose(1, 2), v
+    return torch.cat((k_c, k_r), -1), v
 
 
 def _expanded(q, latent, w_kv, R, scale, positions, lengths=None) -> Tensor:
@@ -82,7 +89,7 @@ def _expanded(q, latent, w_kv, R, scale, positions, lengths=None) -> Tensor:
     queries = max(1, T if positions is None else AT_ONCE // max(1, B * S))
     parts = []
     for h in range(0, H, heads):
-        k, v = _keys_and_values(latent, w_kv[h : h + heads], R, D_n)
+        k, v = _keys_and_values(latent, w_kv[h : h + heads], R, D_n, lengths is not None)
         q_h = q[:, :, h : h + heads].transpose(1, 2)
         if positions is None and S > T and _in_two_parts(q_h, k, v):
             parts.append(attend_after_others(q_h, k, v.contiguous(), scale))

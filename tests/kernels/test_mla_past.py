@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kimi_kernels import mla, mla_past
+from kimi_kernels import latent_attention, mla, mla_past
 from tests.helpers import assert_as_good_as
 
 NAMES = ("o", "dq", "dk", "dv")
@@ -86,3 +87,19 @@ def test_latent_attention_takes_it(dtype, monkeypatch):
         w_kv = torch.randn(4 * 256, 512, device="cuda", dtype=cast) / 23
         mla.latent_attention(q, latent, w_kv, scale=192**-0.5).sum().backward()
         assert len(calls) == want
+
+
+def test_a_document_has_the_same_strides_in_every_row(monkeypatch):
+    """cuDNN plans for shapes and strides, which takes longer than to run: not in each batch."""
+    found, attend = [], F.scaled_dot_product_attention
+
+    def note(*qkv, **options):
+        found.append([(x.shape, x.stride()[1:]) for x in qkv])  # the batch is of one
+        return attend(*qkv, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    q, latent, w_kv = torch.randn(1, 40, 3, 24), torch.randn(1, 40, 40), torch.randn(3 * 32, 32)
+    for T in (20, 40):
+        ends = torch.tensor([0, 9, T])
+        latent_attention(q[:, :T], latent[:, :T], w_kv, scale=0.3, cu_seqlens=ends)
+    assert len(found) == 4 and found[0] == found[2] and found[1] != found[3]
