@@ -65,8 +65,8 @@ def _visible(positions: Tensor, S: int) -> Tensor:
 def _keys_and_values(latent, w_kv, R, D_n, in_rows=False) -> tuple[Tensor, Tensor]:
     """latent [B, S, R+P], w_kv [H, D_n+D_v, R] -> k [B, H, S, D_n+P], v [B, H, S, D_v].
 
-    Where they are `in_rows`, all heads of a token lie together, and the strides of some tokens do
-    not hang on S: cuDNN plans for each set of strides.
+    Where they are `in_rows`, all heads of a token lie together, and the strides of a document do
+    not hang on S: cuDNN plans anew for each set of strides.
     """
     kv = torch.einsum("bsr,hdr->bshd", latent[..., :R], w_kv)
     k_c, v = kv.transpose(1, 2).split((D_n, kv.shape[3] - D_n), -1)
@@ -94,8 +94,9 @@ def _expanded(q, latent, w_kv, R, scale, positions, lengths=None) -> Tensor:
         if positions is None and S > T and _in_two_parts(q_h, k, v):
             parts.append(attend_after_others(q_h, k, v.contiguous(), scale))
             continue
-        if lengths is not None:
-            blocks = zip(*(x.split(lengths, 2) for x in (q_h, k, v)), strict=True)
+        if lengths is not None:  # without the row's own stride, which is as long as it is
+            documents = zip(*(x[0].split(lengths, 1) for x in (q_h, k, v)), strict=True)
+            blocks = ([x[None] for x in document] for document in documents)
         else:  # `split` would copy a gradient
             blocks = [(x, k, v) for x in (q_h.split(queries, 2) if queries < T else [q_h])]
         outputs = []
