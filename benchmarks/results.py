@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,17 @@ def per_token(row: Row) -> float:
     return row["ms_p50"] / row["batch"]
 
 
-def update(path: Path, row: Row, key: Sequence[str]) -> None:
-    """Write `row` to a file, in place of the one with the same `key`."""
-    rows = [r for r in read(path) if any(r[name] != row[name] for name in key)]
+def update(
+    path: Path, row: Row, key: Sequence[str], order: Callable[[Row], tuple] | None = None
+) -> None:
+    """Write `row` to a file, in place of the one with the same `key`: last, or in an `order`."""
+    rows = [r for r in read(path) if any(r[name] != row[name] for name in key)] + [row]
+    if order is not None:
+        rows.sort(key=order)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, row]), "utf-8")
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    new.replace(path)
 
 
 def replace(path: Path, row: Row) -> None:
@@ -72,9 +78,4 @@ def replace(path: Path, row: Row) -> None:
     """
     if set(row) != set(COLUMNS):
         raise ValueError(f"row has the columns {sorted(row)}, want {sorted(COLUMNS)}")
-    rows = [r for r in read(path) if any(r[column] != row[column] for column in KEY)]
-    rows.append({column: row[column] for column in COLUMNS})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(r) + "\n" for r in sorted(rows, key=sort_key)), "utf-8")
-    new.replace(path)
+    update(path, {column: row[column] for column in COLUMNS}, KEY, sort_key)

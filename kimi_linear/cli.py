@@ -128,8 +128,11 @@ def load_tokenizer(path: Path) -> Any:
         raise UsageError(f"{path} has no tokenizer that transformers can load: {error}") from None
 
 
-def check_tokenizer(path: Path, tokenizer: Any, size: int) -> None:
-    """Raise a UsageError if it has more tokens than the model, `size`."""
+def check_tokenizer(path: Path, tokenizer: Any) -> None:
+    """Raise a UsageError if it has more tokens than the model in `path`."""
+    from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+
+    size = KimiLinearConfig.from_pretrained(path).vocab_size
     if len(tokenizer) > size:
         raise UsageError(f"{path} has a tokenizer of {len(tokenizer)} tokens, want at most {size}")
 
@@ -138,9 +141,9 @@ def load_model(path: Path, tokenizer: Any, device: str | None) -> Any:
     """The model, if the tokenizer fits it; `device` None is the GPU if there is one."""
     import torch
 
-    from kimi_linear.modeling_kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+    from kimi_linear.modeling_kimi_linear import KimiLinearForCausalLM
 
-    check_tokenizer(path, tokenizer, KimiLinearConfig.from_pretrained(path).vocab_size)
+    check_tokenizer(path, tokenizer)
     if device == "auto":
         if importlib.util.find_spec("accelerate") is None:
             raise UsageError("--device auto needs accelerate: pip install accelerate")

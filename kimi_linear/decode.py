@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kimi_kernels.dispatch import may_overlap, overlapping, use_triton
 from kimi_linear.layout import DECODE_TOKENS, decode_layout
-from kimi_linear.linear import HOOKS, project
+from kimi_linear.linear import hooks_of, is_bare, project
 
 if TYPE_CHECKING:
     from kimi_linear.cache import KimiLinearCache
@@ -36,13 +36,12 @@ def why_not_captured(model: KimiLinearForCausalLM) -> str | None:
     if not use_triton(model.model.embed_tokens.weight):
         return "its kernels do not run: they are in PyTorch"
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
+        if "_hf_hook" in vars(module):
             return f"{name or 'the model'} has a hook of accelerate (several devices, offloading)"
-        hooks = (hook for kind in HOOKS for hook in getattr(module, kind).values())
-        named = (getattr(hook, "__name__", "") for hook in hooks)
-        # those of the whole model run around a graph
-        if name and ("forward" in vars(module) or not set(named) <= CHECKPOINTING):
-            return f"{name} has a hook, or a forward of its own"
+        if name and not is_bare(module):  # what the whole model has runs around a graph
+            hooks = {getattr(hook, "__name__", "") for hook in hooks_of(module)}
+            if "forward" in vars(module) or not hooks <= CHECKPOINTING:
+                return f"{name} has a hook, or a forward of its own"
     for name, p in model.named_parameters():
         if type(p) not in (Tensor, nn.Parameter):
             return f"{name} is a {type(p).__name__}, want a plain tensor"

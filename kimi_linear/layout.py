@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -105,8 +105,8 @@ def plan_tokens(
                 "cu_seqlens packs documents, but attention_mask marks padding: want one"
             )
         count_sequences(cu_seqlens, x)
-        sequence_bounds(cu_seqlens, x)  # the layers' ops do not look at values on a GPU
         layout.cu_seqlens, layout.packed = cu_seqlens, True
+        sequence_bounds(cast(Tensor, layout.host_seqlens), x)  # ops do not look at values on a GPU
     elif T > 1 and (ids := position_ids if seq_idx is None else seq_idx) is not None:
         ids = ids.expand(B, T).flatten()
         rows = torch.arange(B, device=device).repeat_interleave(T)

@@ -14,10 +14,16 @@ from kimi_linear.norm import KimiLinearRMSNorm
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """What runs around its forward, or around the backward pass of it."""
+    return [hook for name in HOOKS for hook in getattr(module, name).values()]
+
+
 def is_bare(module: nn.Module) -> bool:
     """Whether calling it runs its class's forward and nothing else."""
-    hooked = hasattr(module, "_hf_hook") or any(getattr(module, name) for name in HOOKS)
-    return not hooked and "forward" not in vars(module)
+    own = vars(module)  # a module looks for what it does not have in several places
+    hooked = "_hf_hook" in own or any(own[name] for name in HOOKS)
+    return not hooked and "forward" not in own
 
 
 def has_plain_weight(module: nn.Module, x: Tensor) -> bool:
@@ -32,8 +38,7 @@ def is_sharded(module: nn.Module) -> bool:
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
-    own = all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
+    own = all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks_of(module))
     return isinstance(module, FSDPModule) and own and "forward" not in vars(module)
 
 

@@ -24,7 +24,7 @@ def load_for_training(source: Path):
     """Model and tokenizer: from a model directory, or fresh, on bytes, from a config file."""
     if source.is_dir():
         tokenizer = load_tokenizer(source)
-        check_tokenizer(source, tokenizer, KimiLinearConfig.from_pretrained(source).vocab_size)
+        check_tokenizer(source, tokenizer)
         with from_files(source):  # to be updated, so in fp32
             return KimiLinearForCausalLM.from_pretrained(source, dtype=torch.float32), tokenizer
     config, tokenizer = KimiLinearConfig.from_json_file(source), byte_tokenizer()

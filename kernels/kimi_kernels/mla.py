@@ -69,11 +69,13 @@ def _keys_and_values(latent, w_kv, R, D_n, in_rows=False) -> tuple[Tensor, Tenso
     not hang on S: cuDNN plans anew for each set of strides.
     """
     kv = torch.einsum("bsr,hdr->bshd", latent[..., :R], w_kv)
-    k_c, v = kv.transpose(1, 2).split((D_n, kv.shape[3] - D_n), -1)
-    k_r = latent[:, None, :, R:].expand(-1, kv.shape[2], -1, -1)
+    k_c, v = kv.split((D_n, kv.shape[3] - D_n), -1)
+    k_r = latent[:, :, None, R:].expand(-1, -1, kv.shape[2], -1)
     if in_rows:
-        return torch.cat((k_c.transpose(1, 2), k_r.transpose(1, 2)), -1).transpose(1, 2), v
-    return torch.cat((k_c, k_r), -1), v
+        k = torch.cat((k_c, k_r), -1).transpose(1, 2)
+    else:
+        k = torch.cat((k_c.transpose(1, 2), k_r.transpose(1, 2)), -1)
+    return k, v.transpose(1, 2)
 
 
 def _expanded(q, latent, w_kv, R, scale, positions, lengths=None) -> Tensor:
