@@ -98,6 +98,26 @@ def latent_bytes(s: Shape) -> float:
     return SIZE * (B * S * (R + K // 2) + B * T * H * (2 * K + K // 2) + 2 * H * K * R)
 
 
+def prompt_flops(s: Shape, documents: int = 1) -> float:
+    """Keys and values, scores and sums of what a token sees; cuts at random make 2 / (n + 1) of T.
+
+    Products of K keys and values and R latents; heads have K + K/2 channels and K values.
+    """
+    T, H, K, R = (s[letter] for letter in "THKR")
+    pairs = T * T / (documents + 1)
+    return 2 * H * (T * R * 2 * K + pairs * (2 * K + K // 2))
+
+
+def prompt_bytes(s: Shape) -> float:
+    """Latents, queries and weights in; o out."""
+    return latent_bytes(s | {"B": 1, "S": s["T"]})
+
+
+def prompt_train_bytes(s: Shape) -> float:
+    """The forward pass, then its inputs and the gradient of o in, and as many gradients out."""
+    return 3 * prompt_bytes(s) - SIZE * s["T"] * s["H"] * s["K"]
+
+
 # ---- model: letters as in model_step.py and model_decode.py --------------------------------------
 
 

@@ -13,6 +13,8 @@ DTYPE = torch.bfloat16  # of what is measured
 TOP_K = 8  # experts per token
 PIECE = 2**26  # numbers that `Draw.fill` draws at once
 
+DOCUMENTS = 16  # of a packed row
+
 
 class Draw:
     """Seeded random tensors of one dtype on one device."""
@@ -137,6 +139,17 @@ def latent_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inp
         "w_kv": draw.normal(2 * H * K, R) / R**0.5,
     }
     return {name: t.to(dtype) for name, t in x.items()}
+
+
+def prompt_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`latent_inputs` of one row, with a query for each token."""
+    return latent_inputs(shape | {"B": 1, "S": shape["T"]}, dtype, device)
+
+
+def prompt_train_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """`prompt_inputs`, and the gradient of the output, do [B, T, H, K]."""
+    x = prompt_inputs(shape, dtype, device)
+    return x | {"do": Draw(dtype, device, seed=1).normal(*x["q"].shape[:3], shape["K"])}
 
 
 def outlier_latent_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:

@@ -6,6 +6,7 @@ models are in model_ops.py.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from benchmarks import costs
 from benchmarks import inputs as data
@@ -46,6 +47,9 @@ BOUNDED = reference(forward(by.our_bounded_kda))
 KDA_TESTS = "tests/kernels/test_kda*.py"
 CONV_TESTS = "tests/kernels/test_causal_conv*.py"
 MOE_TESTS = "tests/kernels/test_moe*.py"
+# how attention within a prompt runs, its passes, and what it moves and gets
+PROMPT = forward, 1, costs.prompt_bytes, data.prompt_inputs
+PROMPT_TRAIN = train, 3, costs.prompt_train_bytes, data.prompt_train_inputs
 
 OPS = (
     Op(
@@ -281,6 +285,36 @@ OPS = (
         for mode, inputs in (
             ("error", data.kda_train_inputs),
             ("error_strong", data.strong_gate_inputs),
+        )
+    ),
+    *(
+        Op(
+            name="mla",
+            mode=mode,
+            tests="tests/kernels/test_attention.py",
+            shapes=tuple({"T": T, "H": 32, "K": 128, "R": 512} for T in lengths),
+            flops=lambda s, passes=passes, n=n: passes * costs.prompt_flops(s, n),
+            bytes=moved,
+            inputs=inputs,
+            check={"T": 256},
+            providers={
+                "ours": Provider(how(partial(by.our_prompt, n > 1))),
+                "flash_attn": Provider(
+                    how(partial(by.our_prompt, n > 1, flash_attn=True)),
+                    module="flash_attn",
+                    package="flash-attn-4",
+                ),
+                "sdpa": Provider(how(partial(by.sdpa_prompt, n > 1))),
+                "reference": Provider(
+                    reference(how(partial(by.our_prompt, n > 1))), fits=lambda s: s["T"] <= 256
+                ),
+            },
+        )
+        for mode, n, lengths, (how, passes, moved, inputs) in (
+            ("forward", 1, (8192, 32768), PROMPT),
+            ("train", 1, (8192,), PROMPT_TRAIN),
+            ("packed", data.DOCUMENTS, (8192,), PROMPT),
+            ("packed_train", data.DOCUMENTS, (8192,), PROMPT_TRAIN),
         )
     ),
     *(

@@ -6,16 +6,18 @@ float input, of a decode step the output and the new state, if any. A library is
 builder.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kimi_kernels
-from benchmarks.inputs import Inputs, Shape
+from benchmarks.inputs import DOCUMENTS, Inputs, Shape
 from kimi_kernels import (
     add_rms_norm,
     backend,
@@ -294,6 +296,48 @@ def torch_add_norm():
     def op(x, residual, w):
         h = x + residual
         return F.rms_norm(h, w.shape, w, 1e-5), h
+
+    return op
+
+
+# ---- mla ---------------------------------------------------------------------------------------
+
+
+def _documents(T: int, generator: random.Random) -> Tensor:
+    """Ends of documents of random lengths, as the host has them; others at each call."""
+    cuts = sorted(generator.sample(range(1, T), DOCUMENTS - 1))
+    return torch.tensor([0, *cuts, T])
+
+
+def our_prompt(documents: bool, flash_attn: bool = False):
+    """Attention within a prompt, or within packed documents, with or without flash-attn-4."""
+    library = import_module("flash_attn.cute") if flash_attn else None
+    generator = random.Random(0)
+
+    def op(q, latent, w_kv):
+        ends = _documents(q.shape[1], generator) if documents else None
+        with mock.patch("kimi_kernels.attention.flash_attn", lambda: library):
+            return latent_attention(q, latent, w_kv, scale=q.shape[-1] ** -0.5, cu_seqlens=ends)
+
+    return op
+
+
+def sdpa_prompt(documents: bool):
+    """A call of torch's attention for each document."""
+    generator = random.Random(0)
+
+    def op(q, latent, w_kv):
+        (_, T, H, D), R = q.shape, w_kv.shape[1]
+        D_n = D - (latent.shape[2] - R)
+        kv = F.linear(latent[..., :R], w_kv).unflatten(-1, (H, -1)).transpose(1, 2)
+        k_r = latent[:, None, :, R:].expand(-1, H, -1, -1)
+        k, v = torch.cat((kv[..., :D_n], k_r), -1), kv[..., D_n:]
+        ends = _documents(T, generator) if documents else torch.tensor([0, T])
+        parts = zip(
+            *(x.split(ends.diff().tolist(), 2) for x in (q.transpose(1, 2), k, v)), strict=True
+        )
+        outputs = [F.scaled_dot_product_attention(*x, is_causal=True) for x in parts]
+        return torch.cat(outputs, 2).transpose(1, 2)
 
     return op
 

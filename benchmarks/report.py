@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from benchmarks import context, memory
 from benchmarks.capacity import MOST_ROWS
+from benchmarks.inputs import DOCUMENTS
 from benchmarks.op import FLOORS
 from benchmarks.ops import OPS
 from benchmarks.plots import Drawing, draw, drawings
@@ -29,6 +30,8 @@ MODES |= {"cold_train": "first forward + backward, nothing compiled"}
 MODES |= {"train_step": "forward, loss, backward", "prefill": "prompt"}
 MODES |= {"decode_step": "decode step", "generate": "`generate`, all T tokens"}
 MODES |= {"optimizer_step": "optimizer step, 8 packed documents"}
+MODES |= {"packed": f"forward, {DOCUMENTS} documents of new lengths"}
+MODES |= {"packed_train": f"forward + backward, {DOCUMENTS} documents of new lengths"}
 MODES |= {"error": "gates as a model starts", "error_strong": "strong gates"}
 MODES |= {"even": "latents of even size", "outliers": "outliers, sharp scores", "logits": "logits"}
 UNITS = {"kda_gradients": "relative RMS error of dA_log"}
@@ -38,9 +41,10 @@ PROVIDERS |= {"fla_recurrence": "fla, recurrence alone", "native": "transformers
 PROVIDERS |= {"autocast": "ours, `bf16=True`", "bare": "bare loop"}
 PROVIDERS |= {"all_mla": "ours, every layer MLA", "floor_all_mla": "floor, every layer MLA"}
 PROVIDERS |= {"fp8": "ours, latents in fp8", "floor_fp8": "floor, latents in fp8"}
+PROVIDERS |= {"flash_attn": "ours, flash-attn-4", "sdpa": "SDPA"}
 PROVIDERS |= {name: f"transformers, {name}" for name in ("grouped_mm", "batched_mm")}
 # ours is compared with the first of them that is there
-BASELINES = ("fla", "native", "grouped_mm", "torch", "bare")
+BASELINES = ("fla", "native", "grouped_mm", "torch", "bare", "sdpa")
 LARGEST = (
     f"Decode steps at the largest batch that fits into the GPU's memory, at most {MOST_ROWS:,} "
     "sequences; the floor is that of the batch:"

@@ -25,16 +25,22 @@ Only the queries' own tokens need a causal mask, on a square; tiles of the past 
 without one, and cuDNN has both. For a mask with its diagonal at the lower right, 192 and 128
 channels leave torch its memory-efficient kernel alone: 77.7 ms for 8192 queries and 65536 keys of
 32 heads, in bf16 on an H200 with torch 2.11. The rectangle takes cuDNN 17.4. With a gradient, keys
-and values of all tokens are there anyway: one rectangle, in mla_past.py.
+and values of all tokens are there anyway: one rectangle, in mla_past.py. Which library attends,
+and which shapes it gets, is in attention.py.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_efficient_attention
 
+from kimi_kernels.attention import (
+    attend,
+    causal_attention,
+    document_groups,
+    packed_attention,
+    planned_length,
+    plans,
+)
 from kimi_kernels.checks import (
     accumulation_dtype,
     check_float,
@@ -46,10 +52,11 @@ from kimi_kernels.checks import (
 )
 from kimi_kernels.dispatch import reference_only, use_triton
 from kimi_kernels.latents import QuantizedLatents, check_latents, check_quantized
-from kimi_kernels.mla_past import attend_after_others, cudnn_attention, merge
+from kimi_kernels.mla_past import merge
 from kimi_kernels.operators import wants_gradient
 
 AT_ONCE = 2**30  # numbers of expanded keys and values, or of a mask
+STEP = 128  # tokens that the shortest tile has, where there are to be few shapes
 
 
 def absorbed_is_cheaper(T: int, R: int, P: int, D_n: int, D_v: int) -> bool:
@@ -62,135 +69,117 @@ def _visible(positions: Tensor, S: int) -> Tensor:
     return torch.arange(S, device=positions.device) <= positions[..., None]
 
 
-def _keys_and_values(latent, w_kv, R, D_n, in_rows=False) -> tuple[Tensor, Tensor]:
-    """latent [B, S, R+P], w_kv [H, D_n+D_v, R] -> k [B, H, S, D_n+P], v [B, H, S, D_v].
-
-    Where they are `in_rows`, all heads of a token lie together, and the strides of a document do
-    not hang on S: cuDNN plans anew for each set of strides.
-    """
+def _keys_and_values(latent, w_kv, R, D_n) -> tuple[Tensor, Tensor]:
+    """latent [B, S, R+P], w_kv [H, D_n+D_v, R] -> k [B, H, S, D_n+P], v [B, H, S, D_v]."""
     kv = torch.einsum("bsr,hdr->bshd", latent[..., :R], w_kv)
-    k_c, v = kv.split((D_n, kv.shape[3] - D_n), -1)
-    k_r = latent[:, :, None, R:].expand(-1, -1, kv.shape[2], -1)
-    if in_rows:
-        k = torch.cat((k_c, k_r), -1).transpose(1, 2)
-    else:
-        k = torch.cat((k_c.transpose(1, 2), k_r.transpose(1, 2)), -1)
-    return k, v.transpose(1, 2)
+    k_c, v = (x.transpose(1, 2) for x in kv.split((D_n, kv.shape[3] - D_n), -1))
+    k_r = latent[:, None, :, R:].expand(-1, kv.shape[2], -1, -1)
+    return torch.cat((k_c, k_r), -1), v
+
+
+def _pad(x: Tensor, front: int, back: int) -> Tensor:
+    """Zeros before and behind the tokens of x [B, T, ...]."""
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (front, back)) if front or back else x
 
 
 def _expanded(q, latent, w_kv, R, scale, positions, lengths=None) -> Tensor:
     """q [B, T, H, D_n+P], latent [B, S, R+P], w_kv [H, D_n+D_v, R], positions [B, T].
 
-    Without positions the queries are the last T of S tokens, or all of them, in sequences of
+    Without positions the queries are the last T of S tokens, or all of them, in documents of
     `lengths`. Where keys and values of all heads would be too many numbers at once, some heads go
     after the others; where the mask that positions make would, some queries.
     """
     (B, T, H, D), S = q.shape, latent.shape[1]
     D_n = D - (latent.shape[2] - R)
+    D_v = w_kv.shape[1] - D_n
+    if positions is None and lengths is None and S == T:
+        if plans(q.transpose(1, 2), D_v, wants_gradient(q, latent, w_kv)):
+            q, latent = (_pad(x, 0, planned_length(T) - T) for x in (q, latent))
     heads = max(1, AT_ONCE // max(1, B * S * (D + w_kv.shape[1])))
-    queries = max(1, T if positions is None else AT_ONCE // max(1, B * S))
+    queries = max(1, AT_ONCE // max(1, B * S))
     parts = []
     for h in range(0, H, heads):
-        k, v = _keys_and_values(latent, w_kv[h : h + heads], R, D_n, lengths is not None)
+        k, v = _keys_and_values(latent, w_kv[h : h + heads], R, D_n)
         q_h = q[:, :, h : h + heads].transpose(1, 2)
-        if positions is None and S > T and _in_two_parts(q_h, k, v):
-            parts.append(attend_after_others(q_h, k, v.contiguous(), scale))
-            continue
-        if lengths is not None:  # without the row's own stride, which is as long as it is
-            documents = zip(*(x[0].split(lengths, 1) for x in (q_h, k, v)), strict=True)
-            blocks = ([x[None] for x in document] for document in documents)
-        else:  # `split` would copy a gradient
-            blocks = [(x, k, v) for x in (q_h.split(queries, 2) if queries < T else [q_h])]
-        outputs = []
-        for i, block in enumerate(blocks):
-            mask: Any = None
-            if positions is not None:
-                t = i * queries
-                mask = _visible(positions[:, t : t + queries], S)[:, None]
-            elif S > T:
-                mask = _last_queries(T, S, q)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    *block, attn_mask=mask, is_causal=mask is None, scale=scale
-                )
-            )
-        parts.append(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
+        if lengths is not None:
+            o = packed_attention(q_h, k, v, scale, lengths)
+        elif positions is None:
+            o = causal_attention(q_h, k, v, scale)
+        else:
+            masks = (_visible(x, S)[:, None] for x in positions.split(queries, 1))
+            outputs = [
+                F.scaled_dot_product_attention(x, k, v, attn_mask=mask, scale=scale)
+                for x, mask in zip(q_h.split(queries, 2), masks, strict=True)
+            ]
+            o = _join(outputs, 2)
+        parts.append(o)
+    return _join(parts, 1).transpose(1, 2)[:, :T]
 
 
-def _in_two_parts(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether cuDNN takes the queries' own tokens and those before them."""
-    return (
-        q.is_cuda
-        and not torch.compiler.is_compiling()
-        and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, False))
-    )
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _last_queries(T: int, S: int, q: Tensor) -> Any:
-    """A mask for T queries that are the last of S tokens; no tensor, except for a compiler."""
-    if torch.compiler.is_compiling():
-        return torch.arange(S, device=q.device) <= torch.arange(S - T, S, device=q.device)[:, None]
-    from torch.nn.attention.bias import causal_lower_right  # it imports triton
-
-    return causal_lower_right(T, S)
-
-
-def _attend(q, k, v, causal, scale) -> tuple[Tensor, Tensor]:
-    """q [B, H, T, D], k [B, H, S, D], v [B, H, S, D_v] -> o [B, H, T, D_v], lse [B, H, T, 1].
-
-    lse is the natural log-sum-exp of a query's scaled scores, in fp32 or better. S = T if causal.
-    On a GPU by cuDNN, else by torch's memory-efficient kernel, where torch says that it takes these
-    inputs and that it is not turned off. Without a gradient.
-    """
-    params = SDPAParams(q, k, v, None, 0.0, causal, False)
-    if q.is_cuda and can_use_cudnn_attention(params):
-        return cudnn_attention(q, k, v, causal, scale)[:2]
-    if q.is_cuda and can_use_efficient_attention(params):
-        o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
-        )
-        return o, lse[:, :, : q.shape[2], None]  # it is longer, for alignment
-    q, k, v = (x.to(accumulation_dtype(x.dtype)) for x in (q, k, v))
-    s = q @ k.mT * scale
-    if causal:
-        s = s.masked_fill(s.new_ones(s.shape[2:], dtype=torch.bool).triu(1), -torch.inf)
-    lse = s.logsumexp(-1, keepdim=True)
-    return (s - lse).exp() @ v, lse
+def _packed(q, latent, w_kv, R, scale, lengths) -> Tensor:
+    """As `_expanded`, of documents in groups of which each is a call of its own."""
+    D_v = w_kv.shape[1] - (q.shape[3] - (latent.shape[2] - R))
+    groups = document_groups(lengths, q.transpose(1, 2), D_v)
+    # without the strides of the row, which would be others in the next one
+    rows = (x.squeeze(0).split([sum(group) for group in groups]) for x in (q, latent))
+    outputs = [
+        _expanded(q_i[None], c_i[None], w_kv, R, scale, None, group if len(group) > 1 else None)
+        for q_i, c_i, group in zip(*rows, groups, strict=True)
+    ]
+    return _join(outputs, 1)
 
 
 def _in_tiles(q, latent, w_kv, R, scale) -> Tensor:
     """As `_expanded` without positions, but no gradient; latent may be `QuantizedLatents`.
 
     There are keys and values of one tile of tokens at a time, and sums in fp32 of as many queries.
-    A tile has 2^n tokens, so that pieces of a prompt bring few shapes: cuDNN plans for each.
+    For cuDNN, which plans for each shape, a tile has 2^n tokens, at least `STEP`, and the queries'
+    own, which the rest before them joins, are as many as it has a plan for.
     """
     fp8 = isinstance(latent, QuantizedLatents)
     (B, T, H, D), S = q.shape, (latent.c if fp8 else latent).shape[1]
     P = latent.k_r.shape[2] if fp8 else latent.shape[2] - R
     D_n = D - P
+    D_v = w_kv.shape[1] - D_n
     most = AT_ONCE // max(1, B * H * (P + w_kv.shape[1]))
     tile = 2 ** (max(1, most).bit_length() - 1)
+    few_shapes = plans(q.transpose(1, 2), D_v, trains=False)
 
-    def attend(queries: Tensor, a: int, b: int, causal: bool) -> tuple[Tensor, Tensor]:
+    def attend_to(queries: Tensor, a: int, b: int, causal=False) -> tuple[Tensor, Tensor]:
+        """Those from a to b, with as many zeros behind them as `queries` is longer if causal."""
         if fp8:
             part = QuantizedLatents(*(x[:, a:b] for x in latent)).dequantize()
         else:
             part = latent[:, a:b]
+        if causal:
+            part = _pad(part, 0, queries.shape[2] - (b - a))
         k, v = _keys_and_values(part, w_kv, R, D_n)
         v = v.contiguous()  # cuDNN wants it aligned, and what it is a part of can go
-        return _attend(queries, k, v, causal, scale)
+        return attend(queries, k, v, causal, scale)
 
-    out = q.new_empty(B, T, H, w_kv.shape[1] - D_n)
+    out = q.new_empty(B, T, H, D_v)
     for t in range(0, T, tile):
-        queries = q[:, t : t + tile].transpose(1, 2)
-        past = S - T + t
-        o, lse = attend(queries, past, past + queries.shape[2], True)
+        queries, past = q[:, t : t + tile], S - T + t
+        n, front = queries.shape[1], 0
+        if few_shapes:
+            front = past % STEP
+            queries = _pad(queries, front, planned_length(front + n) - front - n)
+        queries = queries.transpose(1, 2)
+        o, lse = attend_to(queries, past - front, past + n, causal=True)
         o = o.to(lse.dtype)
-        for a in range(0, past, tile):
-            o_i, lse_i = attend(queries, a, min(a + tile, past), False)
+        a, past = 0, past - front
+        while a < past:
+            b = a + min(tile, past - a)
+            if few_shapes:
+                b = a + 2 ** ((b - a).bit_length() - 1)
+            o_i, lse_i = attend_to(queries, a, b)
             o, lse = merge(o, lse, o_i, lse_i)
-        out[:, t : t + tile] = o.transpose(1, 2)
+            a = b
+        out[:, t : t + n] = o[:, :, front : front + n].transpose(1, 2)
     return out
 
 
@@ -218,9 +207,9 @@ def latent_attention(
     """Causal attention of T queries to S latents; few queries take the absorbed form.
 
     Many, the last of more tokens and without a gradient, attend to keys and values of one tile of
-    tokens at a time, on a GPU by cuDNN (16 bits) or torch's memory-efficient kernel. A gradient,
-    `positions` and `torch.compile` take those of all tokens, of some heads at a time if need be; by
-    cuDNN with a gradient, where the queries' own tokens and those before them are a call each.
+    tokens at a time. A gradient, `positions` and `torch.compile` take those of all tokens, of some
+    heads at a time if need be. Attention itself is a library's, on a GPU and in 16 bits
+    flash-attn-4's where it is installed, or cuDNN's or torch's flash attention (attention.py).
 
     The absorbed form has a Triton kernel for what lies between the products with W_k and W_v
     (scores, softmax and the sum of latents). It runs where no gradient is wanted, reads each latent
@@ -306,8 +295,7 @@ def latent_attention(
         latent = latent.dequantize()
 
     if cu_seqlens is not None:
-        lengths = [b - a for a, b in sequence_bounds(cu_seqlens, q)]
-        return _expanded(q, latent, w, R, scale, None, lengths if len(lengths) > 1 else None)
+        return _packed(q, latent, w, R, scale, [b - a for a, b in sequence_bounds(cu_seqlens, q)])
     if not absorbed:
         return _expanded(q, latent, w, R, scale, positions)
     if positions is None:

@@ -297,13 +297,13 @@ PER_TOKEN = 2 * 3 * (4 + 2 + 5)  # numbers of keys and values, in the shapes of 
 @pytest.fixture
 def calls(monkeypatch):
     """Keys and causality of every attention to a tile."""
-    found, attend = [], mla._attend
+    found, attend = [], mla.attend
 
     def spy(q, k, v, causal, scale):
         found.append((k.shape[2], causal))
         return attend(q, k, v, causal, scale)
 
-    monkeypatch.setattr(mla, "_attend", spy)
+    monkeypatch.setattr(mla, "attend", spy)
     return found
 
 
@@ -403,7 +403,9 @@ def make_on_gpu(T, S, dtype, **widths):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "kernel", [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], ids=str
+    "kernel",
+    [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
@@ -424,16 +426,6 @@ def test_tiles_on_a_gpu(B, T, S, widths, dtype, kernel, monkeypatch):
         got, again = (form_of(mla._in_tiles, args) for _ in range(2))
     assert torch.equal(got, again)
     check_tiles(args, got)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_cudnn_attends_at_the_released_widths(dtype, monkeypatch):
-    found, ask = [], mla.can_use_cudnn_attention
-    monkeypatch.setattr(mla, "can_use_cudnn_attention", lambda x: found.append(ask(x)) or found[-1])
-    args = make_on_gpu(300, 1000, dtype, B=1)
-    check_tiles(args, latent_attention(*args, scale=0.4))
-    assert found == [torch.cuda.get_device_capability()[0] in (9, 10)] * 2
 
 
 @pytest.mark.gpu

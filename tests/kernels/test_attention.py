@@ -1,0 +1,419 @@
+"""Who attends within a prompt: flash-attn-4, cuDNN with few shapes, torch's packed attention."""
+
+import importlib.util
+import itertools
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kimi_kernels import attention, latent_attention, mla, quantize_latents
+from tests.helpers import assert_as_good_as
+
+NAMES = "o", "dq", "dlatent", "dw_kv"
+HAS_CUDNN = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
+LENGTHS = [[3, 4], [0, 2, 0, 5, 1, 0], [7], [1] * 9, [70, 1, 0, 300]]
+SHAPES = [(1, 9, 9), (2, 9, 9), (2, 20, 33), (1, 300, 301)]
+
+
+def make(B, T, S, *, H=3, D_n=4, P=2, D_v=5, R=6, dtype=torch.float64, device="cpu"):
+    q, latent = torch.randn(B, T, H, D_n + P), torch.randn(B, S, R + P)
+    w_kv = torch.randn(H * (D_n + D_v), R) / R**0.5
+    return [x.to(device, dtype) for x in (q, latent, w_kv)]
+
+
+def released(B, T, S, dtype=torch.bfloat16, H=4):
+    return make(B, T, S, H=H, D_n=128, P=64, D_v=128, R=512, dtype=dtype, device="cuda")
+
+
+def run(op, args, do, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in args]
+    o = op(*leaves, scale=0.4, **options)
+    return o.detach(), *torch.autograd.grad(o, leaves, do.to(o.dtype))
+
+
+def ends_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def with_masks(q, latent, w_kv, *, scale, cu_seqlens=None):
+    """Each document by itself, by a mask and torch's plain arithmetic."""
+    S, T = latent.shape[1], q.shape[1]
+    w = w_kv.view(q.shape[2], -1, w_kv.shape[1])
+    outputs = []
+    for a, b in itertools.pairwise([0, T] if cu_seqlens is None else cu_seqlens.tolist()):
+        past = S - T if cu_seqlens is None else 0
+        seen = torch.arange(past, past + b - a, device=q.device).expand(q.shape[0], -1)
+        part = q[:, a:b], latent[:, a : past + b], w, w.shape[2], scale, seen
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs.append(mla._expanded(*part))
+    return torch.cat(outputs, 1)
+
+
+def gradient_for(args):
+    q, latent, w_kv = args
+    D_v = w_kv.shape[0] // q.shape[2] - (q.shape[3] - (latent.shape[2] - w_kv.shape[1]))
+    return torch.randn(*q.shape[:3], D_v, device=q.device).to(q.dtype)
+
+
+def check(args, **options):
+    """Value and gradients against masks, in the same dtype and in fp64."""
+    do = gradient_for(args)
+    got = run(latent_attention, args, do, **options)
+    ref, gold = (run(with_masks, x, do, **options) for x in (args, [x.double() for x in args]))
+    for name, *results in zip(NAMES, got, ref, gold, strict=True):
+        assert_as_good_as(name, *results)
+
+
+def check_without_gradient(args, **options):
+    got, ref = (op(*args, scale=0.4, **options) for op in (latent_attention, with_masks))
+    gold = with_masks(*(x.double() for x in args), scale=0.4, **options)
+    assert_as_good_as("o", got, ref, gold)
+
+
+# ---- few shapes for cuDNN ----------------------------------------------------------------------
+
+
+def test_planned_lengths():
+    planned = [attention.planned_length(n) for n in range(1, 2**14 + 1)]
+    assert planned == sorted(planned) and len(set(planned)) == 16 * 5
+    for n, found in enumerate(planned, 1):
+        assert n <= found < n + max(64, n / 16)
+        assert attention.planned_length(found) == found
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """As if cuDNN attended: keys and queries of each call of attention, and their strides."""
+    found, attend, sdpa = [], mla.attend, F.scaled_dot_product_attention
+
+    def tile(q, k, v, causal, scale):
+        found.append((q.shape[2], k.shape[2], causal))
+        return attend(q, k, v, causal, scale)
+
+    def document(*qkv, **options):
+        found.append([(x.shape[2], x.stride()) for x in qkv])
+        return sdpa(*qkv, **options)
+
+    monkeypatch.setattr(mla, "attend", tile)
+    monkeypatch.setattr(mla, "plans", lambda *args, **options: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", document)
+    return found
+
+
+@pytest.mark.parametrize("B, T, S", [(1, 9, 9), (2, 65, 65)])
+def test_a_prompt_of_a_new_length(B, T, S, shapes):
+    """Has the plan of another one, and zeros behind it have no part in values and gradients."""
+    check(make(B, T, S))
+    lengths = [[n for n, _ in found] for found in shapes]
+    assert lengths[0] == [attention.planned_length(T)] * 3
+    del shapes[:]
+    for n in (T, T + 20):
+        latent_attention(*make(B, n, n), scale=0.4)
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("T, S", [(20, 21), (20, 148), (70, 1000), (300, 1600), (40, 552)])
+def test_tiles_of_few_shapes(T, S, fp8, shapes, monkeypatch):
+    monkeypatch.setattr(mla, "AT_ONCE", 2 * 3 * 11 * 256)
+    q, latent, w_kv = make(2, T, S, dtype=torch.float32)
+    tokens = quantize_latents(latent, 6) if fp8 else latent
+    got = latent_attention(q, tokens, w_kv, scale=0.4)
+    latent = tokens.dequantize() if fp8 else latent
+    args = q, latent, w_kv
+    ref, gold = (with_masks(*x, scale=0.4) for x in (args, [x.double() for x in args]))
+    assert_as_good_as("o", got, ref, gold)
+    tiles = [x for x in shapes if isinstance(x, tuple)]
+    for queries, keys, causal in tiles:
+        assert queries == attention.planned_length(queries)
+        assert keys == queries if causal else keys in (128, 256)
+    seen = sum(keys for _, keys, causal in tiles if not causal)
+    assert seen >= (S - T) // 128 * 128
+
+
+def test_tiles_of_one_shape_in_pieces_of_a_prompt(shapes):
+    """Which begin at multiples of their length: no more calls than there would be otherwise."""
+    latent_attention(*make(1, 256, 1024, dtype=torch.float32), scale=0.4)
+    assert shapes == [(256, 256, True), (256, 512, False), (256, 256, False)]
+
+
+@pytest.mark.parametrize("flash, packed", [(False, True), (False, False), (True, True)])
+def test_groups_of_documents(flash, packed, monkeypatch):
+    monkeypatch.setattr(attention, "_takes_flash", lambda *_: flash)
+    monkeypatch.setattr(attention, "_takes_torch_flash", lambda *_: packed)
+    long = attention.WORTH_A_PLAN
+    lengths = [5, 0, long, long + 1, 7, long - 1, 9, long]
+    groups = attention.document_groups(lengths, torch.zeros(1, 1, 1, 1), 1)
+    if flash or not packed:
+        assert groups == [lengths]
+    else:
+        assert groups == [[5, 0], [long], [long + 1], [7, long - 1, 9], [long]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_documents_in_groups(lengths, shapes, monkeypatch):
+
+    def groups(lengths, q, D_v):
+        return [list(x) for _, x in itertools.groupby(lengths, lambda n: min(n, 5))]
+
+    monkeypatch.setattr(mla, "document_groups", groups)
+    T = sum(lengths)
+    check(make(1, T, T), cu_seqlens=ends_of(lengths))
+
+
+@pytest.mark.parametrize("n", [40, 64])
+def test_a_document_has_the_same_strides_in_every_row(n, shapes, monkeypatch):
+    """cuDNN plans for shapes and strides, which takes longer than to run: not in each batch."""
+    monkeypatch.setattr(mla, "document_groups", lambda lengths, q, D_v: [[x] for x in lengths])
+    for more in (9, 300):
+        args = make(1, n + more, n + more)
+        latent_attention(*args, scale=0.4, cu_seqlens=ends_of([n, more]))
+    assert len(shapes) == 4 and shapes[0] == shapes[2] and shapes[1] != shapes[3]
+
+
+# ---- flash-attn-4 ------------------------------------------------------------------------------
+
+
+def dense(q, k, v, scale, causal):
+    """[tokens, heads, D] -> o, and the log-sum-exp [heads, tokens]; the mask at the lower right."""
+    s = torch.einsum("thd,shd->hts", q, k) * scale
+    if causal:
+        T, S = s.shape[1:]
+        seen = s.new_ones(T, S, dtype=torch.bool).tril(S - T)
+        s = s.masked_fill(~seen, -torch.inf)
+    return torch.einsum("hts,shd->thd", s.softmax(-1), v), s.logsumexp(-1)
+
+
+class FakeFlash:
+    """flash-attn-4's two functions, written out."""
+
+    def __init__(self):
+        self.calls = []
+
+    def flash_attn_func(self, q, k, v, *, softmax_scale, causal, return_lse, deterministic=False):
+        self.calls.append((q.shape[1], k.shape[1], causal))
+        rows = [dense(*row, softmax_scale, causal) for row in zip(q, k, v, strict=True)]
+        o, lse = (torch.stack(x) for x in zip(*rows, strict=True))
+        return o, lse if return_lse else None
+
+    def flash_attn_varlen_func(
+        self, q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+        causal, return_lse, deterministic=False,
+    ):  # fmt: skip
+        assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q is cu_seqlens_k and causal
+        lengths = cu_seqlens_q.diff().tolist()
+        assert max_seqlen_q == max_seqlen_k == max(lengths)
+        self.calls.append(lengths)
+        documents = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([dense(*x, softmax_scale, True)[0] for x in documents]), None
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    library = FakeFlash()
+    monkeypatch.setattr(attention, "_takes_flash", lambda q, D_v: True)
+    monkeypatch.setattr(attention, "flash_attn", lambda: library)
+    return library
+
+
+@pytest.mark.parametrize("B, T, S", SHAPES)
+def test_flash_attends(B, T, S, flash):
+    args = make(B, T, S)
+    check(args)
+    assert flash.calls == [(T, S, True)]
+    check_without_gradient(args)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_flash_attends_to_documents(lengths, flash):
+    T = sum(lengths)
+    check(make(1, T, T), cu_seqlens=ends_of(lengths))
+    assert flash.calls == [lengths if len(lengths) > 1 else (T, T, True)]
+
+
+def test_flash_attends_in_tiles(flash, monkeypatch):
+    monkeypatch.setattr(mla, "AT_ONCE", 2 * 3 * 11 * 64)
+    check_without_gradient(make(2, 70, 333))
+    assert flash.calls[:6] == [(64, 64, True), *[(64, 64, False)] * 4, (64, 7, False)]
+
+
+def test_a_gradient_of_the_gradient(flash):
+    """flash-attn-4 would leave it out without a word."""
+    q, latent, w_kv = make(1, 9, 9)
+    o = latent_attention(q.requires_grad_(), latent, w_kv, scale=0.4)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As if nobody had asked for flash-attn-4 yet."""
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    attention.flash_attn.cache_clear()
+    yield
+    attention.flash_attn.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn.cute"])
+def test_without_flash_attn(name, fresh, monkeypatch, recwarn):
+    """Nothing of that name, or FlashAttention 2 alone."""
+
+    def find(wanted):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(attention.importlib, "import_module", find)
+    assert attention.flash_attn() is None and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("No CTK flavor"), ModuleNotFoundError("No module", name="cutlass")]
+)
+def test_flash_attn_that_cannot_be_imported(error, fresh, monkeypatch):
+    """One warning, which says why."""
+    tries = []
+
+    def find(wanted):
+        tries.append(wanted)
+        raise error
+
+    monkeypatch.setattr(attention.importlib, "import_module", find)
+    with pytest.warns(UserWarning, match=f"flash-attn-4 cannot be imported.*{error}"):
+        assert attention.flash_attn() is None
+    assert attention.flash_attn() is None and tries == ["flash_attn.cute"]
+
+
+def on_gpu(**changes):
+    """What `_takes_flash` looks at."""
+    found = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 4, 9, 192), "device": "cuda"}
+    return SimpleNamespace(**(found | changes))
+
+
+@pytest.mark.parametrize("GPU", [(9, 0), (10, 0), (8, 0)])
+def test_what_flash_takes(GPU, monkeypatch):
+    library = object()
+    monkeypatch.setattr(attention, "flash_attn", lambda: library)
+    monkeypatch.setattr(attention, "capability", lambda device: GPU)
+    monkeypatch.setattr(attention, "use_triton", lambda q: True)
+    takes = attention._takes_flash
+    assert takes(on_gpu(), 128) == (GPU == (9, 0))
+    assert takes(on_gpu(dtype=torch.float16), 128) == (GPU == (9, 0))
+    for change in ({"is_cuda": False}, {"dtype": torch.float32}, {"shape": (1, 4, 9, 128)}):
+        assert not takes(on_gpu(**change), 128)
+    assert not takes(on_gpu(), 192)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        assert not takes(on_gpu(), 128)
+    library = None
+    assert not takes(on_gpu(), 128)
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["flash-attn-4", "torch"])
+def library(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(attention, "flash_attn", lambda: None)
+    elif not HAS_FLASH:
+        pytest.skip("flash-attn-4 is not installed")
+    return request.param
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize(
+    "B, T, S",
+    [(3, 20, 20), (2, 1000, 1000), (1, 2500, 2500), (2, 200, 333), (1, 700, 5000)],
+)
+def test_prompts(B, T, S, dtype, library):
+    args = released(B, T, S, dtype)
+    check(args)
+    check_without_gradient(args)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize(
+    "lengths",
+    [[0, 20, 0, 50, 1, 0], [0, 0], [4096, 3, 40, 4200], [5000, 1], list(range(1, 65))],
+    ids=str,
+)
+def test_documents(lengths, dtype, library):
+    T = sum(lengths)
+    check(released(1, T, T, dtype, H=2), cu_seqlens=ends_of(lengths))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [{}, {"D_n": 32, "P": 16, "D_v": 32, "R": 64}], ids=str)
+def test_other_widths(widths, library):
+    args = make(2, 700, 700, dtype=torch.bfloat16, device="cuda", **widths)
+    check(args)
+    args = make(1, 700, 700, dtype=torch.bfloat16, device="cuda", **widths)
+    check(args, cu_seqlens=ends_of([300, 1, 399]))
+
+
+@pytest.mark.gpu
+def test_documents_of_one_token(library):
+    """Without gradients: those of queries and keys are nothing but rounding."""
+    check_without_gradient(released(1, 9, 9), cu_seqlens=torch.arange(10))
+    check_without_gradient(released(2, 1, 1))
+
+
+@pytest.mark.gpu
+def test_deterministic(library):
+    args = released(1, 3000, 3000)
+    do = gradient_for(args)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for options in ({}, {"cu_seqlens": ends_of([1000, 2000])}):
+            found = [run(latent_attention, args, do, **options) for _ in range(2)]
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cu", [None, ends_of([1000, 2000])], ids=["one", "two"])
+def test_no_gradient_of_the_gradient(cu, library):
+    q, latent, w_kv = released(1, 3000, 3000)
+    o = latent_attention(q.requires_grad_(), latent, w_kv, scale=0.4, cu_seqlens=cu)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+        dq.sum().backward()
+
+
+def names_of(*inputs, **options):
+    """Of the operators of torch that run in `latent_attention`."""
+    with torch.profiler.profile() as profile:
+        latent_attention(*inputs, scale=0.4, **options)
+    return {event.key.split("::")[-1] for event in profile.key_averages()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDNN, reason="cuDNN attends at these widths on Hopper and Blackwell")
+@pytest.mark.parametrize("T, S", [(700, 700), (5000, 5000), (700, 1400), (5000, 6000)])
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_library_is_used(T, S, trains, library):
+    args = [x.requires_grad_(trains) for x in released(1, T, S)]
+    names, few = names_of(*args), T == 700
+    assert ("FlashAttnFunc" in names) == (library == "flash-attn-4")
+    by_torch = library == "torch" and few and not trains
+    assert ("_scaled_dot_product_flash_attention" in names) == by_torch
+    by_cudnn = library == "torch" and not by_torch
+    assert ("_scaled_dot_product_cudnn_attention" in names) == by_cudnn
+
+
+@pytest.mark.gpu
+def test_the_library_is_used_for_documents(library):
+    names = names_of(*released(1, 900, 900), cu_seqlens=ends_of([400, 500]))
+    assert ("FlashAttnVarlenFunc" in names) == (library == "flash-attn-4")
+    assert ("_varlen_attn" in names) == (library == "torch")
