@@ -5,7 +5,7 @@ from functools import partial
 
 from benchmarks import costs, model_decode, model_step, trainer_step
 from benchmarks.inputs import Shape
-from benchmarks.op import Op, few, fla
+from benchmarks.op import Op, few, fla, with_or_without_flash
 from benchmarks.providers import Provider, reference
 
 # released widths, 3 KDA layers + MLA, one of them with a dense feed-forward; letters: model_step.py
@@ -88,7 +88,7 @@ MODEL_OPS = (
         inputs=model_step.inputs,
         check=SMALL_MODEL | {"T": 256},
         providers={
-            "ours": Provider(model_decode.our_prefill),
+            **with_or_without_flash(model_decode.our_prefill),
             "native": replace(fla(model_decode.native_prefill), fits=few(32768)),
             "all_mla": Provider(
                 model_decode.all_mla_prefill,

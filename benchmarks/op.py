@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from benchmarks.inputs import Inputs, Shape
-from benchmarks.providers import Build, Provider
+from benchmarks.providers import Build, Provider, flash_attn
 
 FLOOR = "floor"  # a provider of every op: nobody computes it
 # whose work it bounds: where another does other work, that has a floor of its own
@@ -55,3 +55,9 @@ def few(limit: int) -> Callable[[Shape], bool]:
 
 def fla(build: Build, expected: Build | None = None) -> Provider:
     return Provider(build, module="fla", package="fla-core", expected=expected)
+
+
+def with_or_without_flash(build: Build) -> dict[str, Provider]:
+    """Ours where attention within a prompt is torch's, and where it is flash-attn-4's."""
+    there = Provider(flash_attn(build), module="flash_attn", package="flash-attn-4")
+    return {"ours": Provider(flash_attn(build, wanted=False)), "flash_attn": there}

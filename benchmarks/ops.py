@@ -14,7 +14,7 @@ from benchmarks import providers as by
 from benchmarks.costs import SIZE
 from benchmarks.inputs import Shape
 from benchmarks.model_ops import FP8_TESTS, LONG, MODEL_OPS
-from benchmarks.op import Op, few, fla
+from benchmarks.op import Op, few, fla, with_or_without_flash
 from benchmarks.providers import Build, Provider, forward, gradient, reference, train
 
 
@@ -298,12 +298,7 @@ OPS = (
             inputs=inputs,
             check={"T": 256},
             providers={
-                "ours": Provider(how(partial(by.our_prompt, n > 1))),
-                "flash_attn": Provider(
-                    how(partial(by.our_prompt, n > 1, flash_attn=True)),
-                    module="flash_attn",
-                    package="flash-attn-4",
-                ),
+                **with_or_without_flash(how(partial(by.our_prompt, n > 1))),
                 "sdpa": Provider(how(partial(by.sdpa_prompt, n > 1))),
                 "reference": Provider(
                     reference(how(partial(by.our_prompt, n > 1))), fits=lambda s: s["T"] <= 256

@@ -8,8 +8,10 @@ builder.
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 from unittest import mock
 
 import torch
@@ -119,16 +121,32 @@ def gradient(name: str, build: Build) -> Build:
 def reference(build: Build) -> Build:
     """`build` with every call on the PyTorch reference."""
 
-    def on_reference(x: Inputs) -> Call:
+    return _inside(lambda: backend("reference"), build)
+
+
+def flash_attn(build: Build, wanted: bool = True) -> Build:
+    """`build` with flash-attn-4 for attention within prompts, or without where it is installed."""
+
+    def inside():
+        library = import_module("flash_attn.cute") if wanted else None
+        return mock.patch("kimi_kernels.attention.flash_attn", lambda: library)
+
+    return _inside(inside, build)
+
+
+def _inside(context: Callable[[], AbstractContextManager[Any]], build: Build) -> Build:
+    """`build` with every call in a context of its own."""
+
+    def build_inside(x: Inputs) -> Call:
         call = build(x)
 
         def run():
-            with backend("reference"):
+            with context():
                 return call()
 
         return run
 
-    return on_reference
+    return build_inside
 
 
 # ---- kda ---------------------------------------------------------------------------------------
@@ -309,15 +327,13 @@ def _documents(T: int, generator: random.Random) -> Tensor:
     return torch.tensor([0, *cuts, T])
 
 
-def our_prompt(documents: bool, flash_attn: bool = False):
-    """Attention within a prompt, or within packed documents, with or without flash-attn-4."""
-    library = import_module("flash_attn.cute") if flash_attn else None
+def our_prompt(documents: bool):
+    """Attention within a prompt, or within packed documents."""
     generator = random.Random(0)
 
     def op(q, latent, w_kv):
         ends = _documents(q.shape[1], generator) if documents else None
-        with mock.patch("kimi_kernels.attention.flash_attn", lambda: library):
-            return latent_attention(q, latent, w_kv, scale=q.shape[-1] ** -0.5, cu_seqlens=ends)
+        return latent_attention(q, latent, w_kv, scale=q.shape[-1] ** -0.5, cu_seqlens=ends)
 
     return op
 
