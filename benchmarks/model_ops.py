@@ -6,7 +6,7 @@ from functools import partial
 from benchmarks import costs, model_decode, model_step, trainer_step
 from benchmarks.inputs import Shape
 from benchmarks.op import Op, few, fla, with_or_without_flash
-from benchmarks.providers import Provider, reference
+from benchmarks.providers import Provider, flash_attn, reference
 
 # released widths, 3 KDA layers + MLA, one of them with a dense feed-forward; letters: model_step.py
 MODEL = {"L": 4, "D": 2304, "H": 32, "K": 128, "E": 256, "F": 1024, "R": 512, "vocab": 163840}
@@ -91,7 +91,7 @@ MODEL_OPS = (
             **with_or_without_flash(model_decode.our_prefill),
             "native": replace(fla(model_decode.native_prefill), fits=few(32768)),
             "all_mla": Provider(
-                model_decode.all_mla_prefill,
+                flash_attn(model_decode.all_mla_prefill, wanted=False),
                 expected=reference(model_decode.all_mla_prefill),
                 flops=partial(costs.prefill_flops, all_mla=True),
                 bytes=partial(costs.prefill_bytes, all_mla=True),

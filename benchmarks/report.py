@@ -91,8 +91,10 @@ def cells(ms: dict[str, float], names: Sequence[str], baseline: str | None) -> l
     times = [digits(ms[name]) if name in ms else MISSING for name in names]
     if baseline is None:
         return times
-    both = {"ours", baseline} <= set(ms)
-    return [*times, f"{ms['ours'] / ms[baseline]:.2f}" if both else MISSING]
+    if not {"ours", baseline} <= set(ms):
+        return [*times, MISSING]
+    ratio = ms["ours"] / ms[baseline]
+    return [*times, f"{ratio:.2f}" if ratio >= 0.01 else digits(ratio, 1)]
 
 
 def table(op: str, rows: Sequence[Row]) -> list[str]:
