@@ -1,16 +1,16 @@
 """Causal attention among the tokens of a prompt, by the fastest library that is there.
 
-    flash-attn-4   where it is installed, on Hopper at the released widths: one call for a prompt,
-                   for one after other tokens, and for a row of documents
-    cuDNN          many tokens, or any with a gradient: a document by itself; with others before it
-                   in two calls (mla_past.py) or in tiles (mla.py)
+    flash-attn-4   where it is installed, in 16 bits at the released widths on Hopper: a document, a
+                   row of them, and with a gradient one after other tokens are a call
+    cuDNN          many tokens, or any with a gradient: a document by itself; after other tokens in
+                   two calls (mla_past.py), or without a gradient in tiles (mla.py)
     torch's flash  few tokens without a gradient, and rows of short documents
     SDPA           what these do not take: its memory-efficient kernel, or plain arithmetic
 
 cuDNN plans for each shape and set of strides, once per process: on an H100 50 to 100 ms, with a
 gradient 130 to 170, where attention to 8192 tokens takes 1.2 and 5.2. So it is given few lengths: a
-document goes to it with zeros behind its tokens, which no token sees. torch's FlashAttention 2 is
-half as fast and plans nothing.
+document goes to it with zeros behind its tokens, which no token sees (in mla_past.py it is not).
+torch's FlashAttention 2 is half as fast and plans nothing.
 
 `torch.backends.cuda.enable_flash_sdp(False)`, or `sdpa_kernel` without flash attention, turns off
 flash-attn-4 as it does torch's.
@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.backends.cuda import (
     SDPAParams,
     can_use_cudnn_attention,
@@ -38,10 +37,11 @@ from torch.backends.cuda import (
 from kimi_kernels.checks import accumulation_dtype
 from kimi_kernels.dispatch import capability, use_triton
 from kimi_kernels.mla_past import attend_after_others, cudnn_attention
-from kimi_kernels.operators import wants_gradient
+from kimi_kernels.operators import first_order, wants_gradient
 
 FLASH_WIDTHS = 192, 128  # at others 4.0.0b36 fails, or has wrong gradients of q (72 and 64, say)
 WORTH_A_PLAN = 4096  # tokens from which cuDNN is worth its plan
+PAIRS = 2**27  # with keys before the queries: some 6 ms longer by torch's flash, in each layer
 
 
 @functools.cache
@@ -82,18 +82,19 @@ def _takes_torch_flash(q: Tensor, D_v: int) -> bool:
     return can_use_flash_attention(SDPAParams(q, q, q, None, 0.0, True, False))
 
 
-def _takes_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return _is_eager(q) and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, False))
+def _takes_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> bool:
+    return _is_eager(q) and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, False))
 
 
-def _is_few(q: Tensor, D_v: int) -> bool:
+def _is_few(q: Tensor, S: int, D_v: int) -> bool:
     """Whether q [B, H, T, D] is too little to plan for, and torch's flash attention takes it."""
-    return _takes_torch_flash(q, D_v) and q.shape[0] * q.shape[2] < WORTH_A_PLAN
+    tokens = q.shape[0] * q.shape[2]
+    return _takes_torch_flash(q, D_v) and tokens < WORTH_A_PLAN and tokens * S < PAIRS
 
 
-def plans(q: Tensor, D_v: int, trains: bool) -> bool:
-    """Whether attention of q [B, H, T, D] to the T tokens, or to others too, is cuDNN's."""
-    if _takes_flash(q, D_v) or (not trains and _is_few(q, D_v)):
+def plans(q: Tensor, S: int, D_v: int, trains: bool) -> bool:
+    """Whether attention of q [B, H, T, D], the last T of S tokens, is cuDNN's."""
+    if _takes_flash(q, D_v) or (not trains and _is_few(q, S, D_v)):
         return False
     return _takes_cudnn(q, q, q[..., :D_v])
 
@@ -106,8 +107,11 @@ def planned_length(T: int) -> int:
 
 def document_groups(lengths: list[int], q: Tensor, D_v: int) -> list[list[int]]:
     """Documents of a row, q [1, H, T, D], that go into one call of `packed_attention` each."""
-    if _takes_flash(q, D_v) or not _takes_torch_flash(q, D_v):
+    if _takes_flash(q, D_v):
         return [lengths]
+    if not _takes_torch_flash(q, D_v):
+        alone = plans(q, q.shape[2], D_v, trains=True)
+        return [[n] for n in lengths] if alone else [lengths]
     groups: list[list[int]] = []
     for n in lengths:
         if not groups or max(n, groups[-1][0]) >= WORTH_A_PLAN:
@@ -117,14 +121,14 @@ def document_groups(lengths: list[int], q: Tensor, D_v: int) -> list[list[int]]:
 
 
 class _Once(torch.autograd.Function):
-    """o as it is, with an error where its gradient is to have a gradient: flash-attn-4 has none."""
+    """o as it is: the backward pass of FlashAttention, behind it, is not `first_order` itself."""
 
     @staticmethod
     def forward(ctx: Any, o: Tensor) -> Tensor:
         return o.view_as(o)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
 
@@ -133,10 +137,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal=True, lse=False
     """As [..., tokens, heads, D] and back -> o and lse, None if there need be none."""
     library: Any = flash_attn()
     op = library.flash_attn_varlen_func if packed else library.flash_attn_func
-    packed["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    options = packed | {"deterministic": torch.are_deterministic_algorithms_enabled()}
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     with torch.cuda.device_of(q):
-        o, found = op(q, k, v, softmax_scale=scale, causal=causal, return_lse=lse, **packed)
+        o, found = op(q, k, v, softmax_scale=scale, causal=causal, return_lse=lse, **options)
     return _Once.apply(o).transpose(-3, -2), found
 
 
@@ -156,7 +160,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     T, S, D_v = q.shape[2], k.shape[2], v.shape[3]
     if _takes_flash(q, D_v):
         return _flash(q, k, v, scale)[0]
-    if S == T and not wants_gradient(q, k, v) and _is_few(q, D_v):
+    if S == T and not wants_gradient(q, k, v) and _is_few(q, S, D_v):
         return _torch_flash(q, k, v, True, scale)[0]
     mask: Any = None
     if S > T:
@@ -197,26 +201,29 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: lis
         v = F.pad(v, (0, q.shape[2] - D_v))
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         o = varlen_attn(q, k, v, ends, ends, most, most, scale=scale, window_size=(-1, 0))
-        return o[..., :D_v].transpose(0, 1)[None]
+        return _Once.apply(o)[..., :D_v].transpose(0, 1)[None]
     documents = zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
     return torch.cat([causal_attention(*document, scale) for document in documents], 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, planned: bool = False
+) -> tuple[Tensor, Tensor]:
     """q [B, H, T, D], k [B, H, S, D], v [B, H, S, D_v] -> o [B, H, T, D_v], lse [B, H, T, 1].
 
     lse is the natural log-sum-exp of a query's scaled scores, in fp32 or better. S = T if causal.
-    Without a gradient.
+    Without a gradient. `planned` where T and S are among few numbers, as `plans` wants it.
     """
-    params, D_v = SDPAParams(q, k, v, None, 0.0, causal, False), v.shape[3]
+    D_v = v.shape[3]
     if _takes_flash(q, D_v):
         o, lse = _flash(q, k, v, scale, causal, lse=True)
         return o, lse[..., None]
-    if _is_few(q, D_v):
+    if not planned and _takes_torch_flash(q, D_v):
         o, lse = _torch_flash(q, k, v, causal, scale)
         return o, lse[..., None]
-    if q.is_cuda and can_use_cudnn_attention(params):
+    if _takes_cudnn(q, k, v, causal):
         return cudnn_attention(q, k, v, causal, scale)[:2]
+    params = SDPAParams(q, k, v, None, 0.0, causal, False)
     if q.is_cuda and can_use_efficient_attention(params):
         o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal, scale=scale

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.causal_conv_bwd_triton import causal_conv_bwd
-from kimi_kernels.operators import dispatch
+from kimi_kernels.operators import dispatch, first_order
 from kimi_kernels.sequences import CHUNK, chunk_table, sequence, token_rows
 
 BD = 512  # channels per program: 4 per thread take .134 ms at 1 x 8192 x 12288, 8 take .42 (H200)
@@ -212,6 +212,7 @@ class CausalConv(torch.autograd.Function):
         ctx.save_for_backward(*xs, weight, initial_state, cu_seqlens)
 
     @staticmethod
+    @first_order
     def backward(ctx, *grads):
         *xs, weight, initial_state, cu_seqlens = ctx.saved_tensors
         dxs, dw, dstate = gradients(xs, weight, initial_state, cu_seqlens, grads)

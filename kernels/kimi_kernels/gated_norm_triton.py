@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_kernels.operators import dispatch
+from kimi_kernels.operators import dispatch, first_order
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -136,6 +136,7 @@ class GatedRMSNorm(torch.autograd.Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
+    @first_order
     def backward(ctx, *grads):
         return _backward(ctx, *grads, gated_rms_norm_bwd)
 

@@ -93,10 +93,10 @@ def _expanded(q, latent, w_kv, R, scale, positions, lengths=None) -> Tensor:
     D_n = D - (latent.shape[2] - R)
     D_v = w_kv.shape[1] - D_n
     if positions is None and lengths is None and S == T:
-        if plans(q.transpose(1, 2), D_v, wants_gradient(q, latent, w_kv)):
+        if plans(q.transpose(1, 2), S, D_v, wants_gradient(q, latent, w_kv)):
             q, latent = (_pad(x, 0, planned_length(T) - T) for x in (q, latent))
     heads = max(1, AT_ONCE // max(1, B * S * (D + w_kv.shape[1])))
-    queries = max(1, AT_ONCE // max(1, B * S))
+    queries = max(1, min(T, AT_ONCE // max(1, B * S)))
     parts = []
     for h in range(0, H, heads):
         k, v = _keys_and_values(latent, w_kv[h : h + heads], R, D_n)
@@ -107,9 +107,10 @@ def _expanded(q, latent, w_kv, R, scale, positions, lengths=None) -> Tensor:
             o = causal_attention(q_h, k, v, scale)
         else:
             masks = (_visible(x, S)[:, None] for x in positions.split(queries, 1))
+            some = q_h.split(queries, 2) if queries < T else [q_h]  # `split` copies a gradient
             outputs = [
                 F.scaled_dot_product_attention(x, k, v, attn_mask=mask, scale=scale)
-                for x, mask in zip(q_h.split(queries, 2), masks, strict=True)
+                for x, mask in zip(some, masks, strict=True)
             ]
             o = _join(outputs, 2)
         parts.append(o)
@@ -124,11 +125,13 @@ def _packed(q, latent, w_kv, R, scale, lengths) -> Tensor:
     """As `_expanded`, of documents in groups of which each is a call of its own."""
     D_v = w_kv.shape[1] - (q.shape[3] - (latent.shape[2] - R))
     groups = document_groups(lengths, q.transpose(1, 2), D_v)
-    # without the strides of the row, which would be others in the next one
-    rows = (x.squeeze(0).split([sum(group) for group in groups]) for x in (q, latent))
+    parts = [(q, latent)]
+    if len(groups) > 1:  # without the strides of the row, which would be others in the next one
+        rows = (x.squeeze(0).split([sum(group) for group in groups]) for x in (q, latent))
+        parts = [(q_i[None], c_i[None]) for q_i, c_i in zip(*rows, strict=True)]
     outputs = [
-        _expanded(q_i[None], c_i[None], w_kv, R, scale, None, group if len(group) > 1 else None)
-        for q_i, c_i, group in zip(*rows, groups, strict=True)
+        _expanded(*part, w_kv, R, scale, None, group if len(group) > 1 else None)
+        for part, group in zip(parts, groups, strict=True)
     ]
     return _join(outputs, 1)
 
@@ -147,7 +150,7 @@ def _in_tiles(q, latent, w_kv, R, scale) -> Tensor:
     D_v = w_kv.shape[1] - D_n
     most = AT_ONCE // max(1, B * H * (P + w_kv.shape[1]))
     tile = 2 ** (max(1, most).bit_length() - 1)
-    few_shapes = plans(q.transpose(1, 2), D_v, trains=False)
+    few_shapes = plans(q.transpose(1, 2), S, D_v, trains=False)
 
     def attend_to(queries: Tensor, a: int, b: int, causal=False) -> tuple[Tensor, Tensor]:
         """Those from a to b, with as many zeros behind them as `queries` is longer if causal."""
@@ -159,7 +162,7 @@ def _in_tiles(q, latent, w_kv, R, scale) -> Tensor:
             part = _pad(part, 0, queries.shape[2] - (b - a))
         k, v = _keys_and_values(part, w_kv, R, D_n)
         v = v.contiguous()  # cuDNN wants it aligned, and what it is a part of can go
-        return attend(queries, k, v, causal, scale)
+        return attend(queries, k, v, causal, scale, few_shapes)
 
     out = q.new_empty(B, T, H, D_v)
     for t in range(0, T, tile):

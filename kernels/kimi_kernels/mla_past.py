@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kimi_kernels.operators import first_order
 
 aten = torch.ops.aten
 
@@ -51,7 +52,7 @@ class _AttendAfterOthers(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor):
         q, k, v, o, lse = ctx.saved_tensors
         n = k.shape[2] - q.shape[2]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_kernels.operators import dispatch
+from kimi_kernels.operators import dispatch, first_order
 from kimi_kernels.overlap import overlap, wait_for_inputs
 
 TILE = 4096  # elements per step of a program: 4.6 KB of a released row in bf16
@@ -168,6 +168,7 @@ class RMSNorm(torch.autograd.Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
+    @first_order
     def backward(ctx, *grads):
         return _backward(ctx, *grads, rms_norm_bwd)
 

@@ -1,6 +1,5 @@
 """Who attends within a prompt: flash-attn-4, cuDNN with few shapes, torch's packed attention."""
 
-import importlib.util
 import itertools
 import sys
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ from tests.helpers import assert_as_good_as
 
 NAMES = "o", "dq", "dlatent", "dw_kv"
 HAS_CUDNN = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
-HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
 LENGTHS = [[3, 4], [0, 2, 0, 5, 1, 0], [7], [1] * 9, [70, 1, 0, 300]]
 SHAPES = [(1, 9, 9), (2, 9, 9), (2, 20, 33), (1, 300, 301)]
 
@@ -91,9 +89,10 @@ def shapes(monkeypatch):
     """As if cuDNN attended: keys and queries of each call of attention, and their strides."""
     found, attend, sdpa = [], mla.attend, F.scaled_dot_product_attention
 
-    def tile(q, k, v, causal, scale):
+    def tile(q, k, v, causal, scale, planned):
+        assert planned
         found.append((q.shape[2], k.shape[2], causal))
-        return attend(q, k, v, causal, scale)
+        return attend(q, k, v, causal, scale, planned)
 
     def document(*qkv, **options):
         found.append([(x.shape[2], x.stride()) for x in qkv])
@@ -118,7 +117,9 @@ def test_a_prompt_of_a_new_length(B, T, S, shapes):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("T, S", [(20, 21), (20, 148), (70, 1000), (300, 1600), (40, 552)])
+@pytest.mark.parametrize(
+    "T, S", [(20, 21), (20, 148), (70, 1000), (300, 1600), (40, 552), (20, 120), (70, 970)]
+)
 def test_tiles_of_few_shapes(T, S, fp8, shapes, monkeypatch):
     monkeypatch.setattr(mla, "AT_ONCE", 2 * 3 * 11 * 256)
     q, latent, w_kv = make(2, T, S, dtype=torch.float32)
@@ -142,10 +143,52 @@ def test_tiles_of_one_shape_in_pieces_of_a_prompt(shapes):
     assert shapes == [(256, 256, True), (256, 512, False), (256, 256, False)]
 
 
+@pytest.fixture
+def takes(monkeypatch):
+    """Who takes 16 bits on a GPU, from here on."""
+
+    def choose(**who):
+        for name in ("flash", "torch_flash", "cudnn"):
+            found = who.get(name, False)
+            monkeypatch.setattr(attention, f"_takes_{name}", lambda *_, found=found: found)
+
+    return choose
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize(
+    "B, T, trains, want",
+    [(1, 100, False, 100), (1, 100, True, 128), (1, 5000, False, 5120), (2, 2100, False, 2176)],
+)
+def test_what_is_planned(flash, B, T, trains, want, takes, monkeypatch):
+    """Many tokens, or any in training."""
+    found = []
+
+    def note(q, k, v, scale):
+        found.append(q.shape[2])
+        return v
+
+    takes(flash=flash, torch_flash=True, cudnn=True)
+    monkeypatch.setattr(mla, "causal_attention", note)
+    args = [x.requires_grad_(trains) for x in make(B, T, T, dtype=torch.float32)]
+    latent_attention(*args, scale=0.4)
+    assert found == [T if flash else want]
+
+
+@pytest.mark.parametrize(
+    "T, S, planned",
+    [(300, 600, False), (4095, 30_000, False), (4096, 5000, True), (300, 2**20, True)],
+)
+def test_what_is_planned_after_others(T, S, planned, takes):
+    takes(torch_flash=True, cudnn=True)
+    q = torch.zeros(1).expand(1, 2, T, 6)
+    assert attention.plans(q, S, 5, trains=False) == planned
+    assert attention.plans(q, S, 5, trains=True)
+
+
 @pytest.mark.parametrize("flash, packed", [(False, True), (False, False), (True, True)])
-def test_groups_of_documents(flash, packed, monkeypatch):
-    monkeypatch.setattr(attention, "_takes_flash", lambda *_: flash)
-    monkeypatch.setattr(attention, "_takes_torch_flash", lambda *_: packed)
+def test_groups_of_documents(flash, packed, takes):
+    takes(flash=flash, torch_flash=packed)
     long = attention.WORTH_A_PLAN
     lengths = [5, 0, long, long + 1, 7, long - 1, 9, long]
     groups = attention.document_groups(lengths, torch.zeros(1, 1, 1, 1), 1)
@@ -153,6 +196,9 @@ def test_groups_of_documents(flash, packed, monkeypatch):
         assert groups == [lengths]
     else:
         assert groups == [[5, 0], [long], [long + 1], [7, long - 1, 9], [long]]
+    takes(cudnn=True)
+    groups = attention.document_groups(lengths, torch.zeros(1, 1, 1, 1), 1)
+    assert groups == [[n] for n in lengths]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -167,9 +213,9 @@ def test_documents_in_groups(lengths, shapes, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [40, 64])
-def test_a_document_has_the_same_strides_in_every_row(n, shapes, monkeypatch):
+def test_a_document_has_the_same_strides_in_every_row(n, shapes, takes):
     """cuDNN plans for shapes and strides, which takes longer than to run: not in each batch."""
-    monkeypatch.setattr(mla, "document_groups", lambda lengths, q, D_v: [[x] for x in lengths])
+    takes(cudnn=True)
     for more in (9, 300):
         args = make(1, n + more, n + more)
         latent_attention(*args, scale=0.4, cu_seqlens=ends_of([n, more]))
@@ -189,15 +235,33 @@ def dense(q, k, v, scale, causal):
     return torch.einsum("hts,shd->thd", s.softmax(-1), v), s.logsumexp(-1)
 
 
+class Opaque(torch.autograd.Function):
+    """`dense`, with gradients that autograd cannot look into, as those of a kernel are."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.args = args
+        return dense(*args)
+
+    @staticmethod
+    def backward(ctx, do, _):
+        *inputs, scale, causal = ctx.args
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            o, _ = dense(*leaves, scale, causal)
+        return *(x.detach() for x in torch.autograd.grad(o, leaves, do.detach())), None, None
+
+
 class FakeFlash:
     """flash-attn-4's two functions, written out."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.deterministic = [], []
 
     def flash_attn_func(self, q, k, v, *, softmax_scale, causal, return_lse, deterministic=False):
         self.calls.append((q.shape[1], k.shape[1], causal))
-        rows = [dense(*row, softmax_scale, causal) for row in zip(q, k, v, strict=True)]
+        self.deterministic.append(deterministic)
+        rows = [Opaque.apply(*row, softmax_scale, causal) for row in zip(q, k, v, strict=True)]
         o, lse = (torch.stack(x) for x in zip(*rows, strict=True))
         return o, lse if return_lse else None
 
@@ -209,8 +273,9 @@ class FakeFlash:
         lengths = cu_seqlens_q.diff().tolist()
         assert max_seqlen_q == max_seqlen_k == max(lengths)
         self.calls.append(lengths)
+        self.deterministic.append(deterministic)
         documents = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([dense(*x, softmax_scale, True)[0] for x in documents]), None
+        return torch.cat([Opaque.apply(*x, softmax_scale, True)[0] for x in documents]), None
 
 
 @pytest.fixture
@@ -243,12 +308,24 @@ def test_flash_attends_in_tiles(flash, monkeypatch):
 
 
 def test_a_gradient_of_the_gradient(flash):
-    """flash-attn-4 would leave it out without a word."""
-    q, latent, w_kv = make(1, 9, 9)
-    o = latent_attention(q.requires_grad_(), latent, w_kv, scale=0.4)
-    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+    """flash-attn-4 would leave it out without a word, of what autograd sees give a part."""
+    args = [x.requires_grad_() for x in make(1, 9, 9)]
+    for cu_seqlens in (None, ends_of([4, 5])):
+        o = latent_attention(*args, scale=0.4, cu_seqlens=cu_seqlens)
+        with pytest.raises(RuntimeError, match="gradients have no gradients"):
+            torch.autograd.grad(o.sum(), args, create_graph=True)
+
+
+def test_deterministic_where_torch_is_told_to_be(flash):
+    args = make(1, 9, 9)
+    for wanted in (False, True):
+        torch.use_deterministic_algorithms(wanted)
+        try:
+            for cu_seqlens in (None, ends_of([4, 5])):
+                latent_attention(*args, scale=0.4, cu_seqlens=cu_seqlens)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert flash.deterministic == [False, False, True, True]
 
 
 @pytest.fixture
@@ -307,6 +384,13 @@ def test_what_flash_takes(GPU, monkeypatch):
     for change in ({"is_cuda": False}, {"dtype": torch.float32}, {"shape": (1, 4, 9, 128)}):
         assert not takes(on_gpu(**change), 128)
     assert not takes(on_gpu(), 192)
+    for name, answer in (("use_triton", False), ("flash_sdp_enabled", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, name, lambda *_, answer=answer: answer)
+            assert not takes(on_gpu(), 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not takes(on_gpu(), 128)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         assert not takes(on_gpu(), 128)
     library = None
@@ -320,7 +404,7 @@ def test_what_flash_takes(GPU, monkeypatch):
 def library(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(attention, "flash_attn", lambda: None)
-    elif not HAS_FLASH:
+    elif attention.flash_attn() is None:
         pytest.skip("flash-attn-4 is not installed")
     return request.param
 
@@ -353,7 +437,11 @@ def test_documents(lengths, dtype, library):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [{}, {"D_n": 32, "P": 16, "D_v": 32, "R": 64}], ids=str)
+@pytest.mark.parametrize(
+    "widths",
+    [{}, {"D_n": 32, "P": 16, "D_v": 32, "R": 64}, {"D_n": 12, "P": 4, "D_v": 40, "R": 16}],
+    ids=str,
+)
 def test_other_widths(widths, library):
     args = make(2, 700, 700, dtype=torch.bfloat16, device="cuda", **widths)
     check(args)
@@ -385,10 +473,10 @@ def test_deterministic(library):
 @pytest.mark.parametrize("cu", [None, ends_of([1000, 2000])], ids=["one", "two"])
 def test_no_gradient_of_the_gradient(cu, library):
     q, latent, w_kv = released(1, 3000, 3000)
-    o = latent_attention(q.requires_grad_(), latent, w_kv, scale=0.4, cu_seqlens=cu)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
-        dq.sum().backward()
+    o = latent_attention(q, latent.requires_grad_(), w_kv, scale=0.4, cu_seqlens=cu)
+    with pytest.raises(RuntimeError, match=r"not implemented|have no gradients"):
+        (dlatent,) = torch.autograd.grad(o.sum(), latent, create_graph=True)
+        dlatent.sum().backward()
 
 
 def names_of(*inputs, **options):

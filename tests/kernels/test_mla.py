@@ -299,9 +299,9 @@ def calls(monkeypatch):
     """Keys and causality of every attention to a tile."""
     found, attend = [], mla.attend
 
-    def spy(q, k, v, causal, scale):
+    def spy(q, k, v, causal, scale, planned):
         found.append((k.shape[2], causal))
-        return attend(q, k, v, causal, scale)
+        return attend(q, k, v, causal, scale, planned)
 
     monkeypatch.setattr(mla, "attend", spy)
     return found

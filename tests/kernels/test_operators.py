@@ -3,13 +3,22 @@
 import pytest
 import torch
 
-from kimi_kernels import backend, causal_conv, fused_kda, gated_rms_norm
+from kimi_kernels import (
+    backend,
+    causal_conv,
+    expert_mlp,
+    fused_kda,
+    gated_rms_norm,
+    rms_norm,
+    route,
+)
 from kimi_kernels.causal_conv_triton import causal_conv_op
 from kimi_kernels.gated_norm_triton import gated_rms_norm_op
 from kimi_kernels.kda.autograd import kda_op, kda_step_op
 from tests.helpers import DEVICE, assert_as_good_as
 from tests.kernels.kda_cases import cumulative, kernel_inputs, kernel_raw, make_state
 from tests.kernels.test_kda_step import make as make_step
+from tests.kernels.test_moe_triton import make as make_experts
 
 
 @pytest.fixture
@@ -55,6 +64,54 @@ def test_opcheck_of_gated_rms_norm():
 def test_opcheck_of_kda_step():
     args = make_step(2, B=2)
     torch.library.opcheck(kda_step_op, (args.pop("xs"), *args.values(), 1e-5))
+
+
+# ---- gradients of gradients ---------------------------------------------------------------------
+
+
+def norm_call():
+    x, w = (leaf(torch.randn(s)) for s in ((5, 17), (17,)))
+    return lambda: rms_norm(x, w, 1e-5), x
+
+
+def gated_norm_call():
+    x, g, w = (leaf(torch.randn(s)) for s in ((5, 17), (5, 17), (17,)))
+    return lambda: gated_rms_norm(x, g, w, 1e-5), x
+
+
+def conv_call():
+    x, w = leaf(torch.randn(1, 5, 3)), leaf(torch.randn(3, 4))
+    return lambda: causal_conv([x], w)[0][0], x
+
+
+def kda_call():
+    x = {n: leaf(t) for n, t in kernel_raw(5, dtype=torch.float32).items()}
+    return lambda: fused_kda(**x)[0], x["v"]
+
+
+def route_call():
+    logits = leaf(torch.randn(5, 8))
+    return lambda: route(logits, torch.zeros(8, device=DEVICE), 2)[0], logits
+
+
+def experts_call():
+    x, *others = make_experts(5, 4)
+    x.requires_grad_()
+    return lambda: expert_mlp(x, *others), x
+
+
+@pytest.mark.parametrize(
+    "make", [norm_call, gated_norm_call, conv_call, kda_call, route_call, experts_call]
+)
+def test_a_gradient_of_the_gradient(make):
+    """The reference has it. An error in kernels, also where the gradient that comes in is 1."""
+    call, x = make()
+    with backend("triton"), pytest.raises(RuntimeError, match="gradients have no gradients"):
+        torch.autograd.grad(call().sum(), x, create_graph=True)
+    with backend("reference"):
+        (dx,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
 # ---- torch.compile -----------------------------------------------------------------------------

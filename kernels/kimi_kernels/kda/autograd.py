@@ -9,7 +9,7 @@ from kimi_kernels.kda.chunk_fwd import MAX_K, MIN_KV, chunk_kda_fwd, count_borde
 from kimi_kernels.kda.recurrent import recurrent_kda_fwd
 from kimi_kernels.kda.reference import anchor_tree, chunk_form, fused_kda_ref, kda_ref
 from kimi_kernels.kda.step import kda_step_fwd
-from kimi_kernels.operators import dispatch
+from kimi_kernels.operators import dispatch, first_order
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -154,6 +154,7 @@ class KDA(torch.autograd.Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
+    @first_order
     def backward(ctx, *grads):
         return _backward(ctx, *grads, kda_bwd)
 

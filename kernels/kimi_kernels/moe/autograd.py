@@ -8,7 +8,7 @@ from kimi_kernels.moe.experts_triton import expert_mlp_fwd, few_slots
 from kimi_kernels.moe.grouped_gemm import row_tile
 from kimi_kernels.moe.plan_triton import Plan, max_tiles
 from kimi_kernels.moe.reference import shared_mlp
-from kimi_kernels.operators import wants_gradient
+from kimi_kernels.operators import first_order, wants_gradient
 from kimi_kernels.rms_norm import rms_norm
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -112,5 +112,6 @@ class Experts(torch.autograd.Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
+    @first_order
     def backward(ctx, *grads):
         return _backward(ctx, *grads, backward=expert_mlp_bwd)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_kernels.moe.reference import RENORM_EPS
-from kimi_kernels.operators import dispatch
+from kimi_kernels.operators import dispatch, first_order
 from kimi_kernels.overlap import overlap, wait_for_inputs
 
 # ---- kernels -----------------------------------------------------------------------------------
@@ -216,6 +216,7 @@ class Route(torch.autograd.Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
+    @first_order
     def backward(ctx, *grads):
         return _backward(ctx, *grads, route_bwd)
 
