@@ -291,7 +291,7 @@ OPS = (
         Op(
             name="mla",
             mode=mode,
-            tests="tests/kernels/test_attention.py",
+            tests="tests/kernels/test_attention*.py",
             shapes=tuple({"T": T, "H": 32, "K": 128, "R": 512} for T in lengths),
             flops=lambda s, passes=passes, n=n: passes * costs.prompt_flops(s, n),
             bytes=moved,
