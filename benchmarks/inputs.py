@@ -12,7 +12,6 @@ Inputs = dict[str, Tensor]
 DTYPE = torch.bfloat16  # of what is measured
 TOP_K = 8  # experts per token
 PIECE = 2**26  # numbers that `Draw.fill` draws at once
-
 DOCUMENTS = 16  # of a packed row
 
 

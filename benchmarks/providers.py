@@ -127,11 +127,12 @@ def reference(build: Build) -> Build:
 def flash_attn(build: Build, wanted: bool = True) -> Build:
     """`build` with flash-attn-4 for attention within prompts, or without where it is installed."""
 
-    def inside():
+    def with_library(x: Inputs) -> Call:
         library = import_module("flash_attn.cute") if wanted else None
-        return mock.patch("kimi_kernels.attention.flash_attn", lambda: library)
+        name = "kimi_kernels.attention.flash_attn"
+        return _inside(lambda: mock.patch(name, lambda: library), build)(x)
 
-    return _inside(inside, build)
+    return with_library
 
 
 def _inside(context: Callable[[], AbstractContextManager[Any]], build: Build) -> Build:
@@ -348,10 +349,8 @@ def sdpa_prompt(documents: bool):
         kv = F.linear(latent[..., :R], w_kv).unflatten(-1, (H, -1)).transpose(1, 2)
         k_r = latent[:, None, :, R:].expand(-1, H, -1, -1)
         k, v = torch.cat((kv[..., :D_n], k_r), -1), kv[..., D_n:]
-        ends = _documents(T, generator) if documents else torch.tensor([0, T])
-        parts = zip(
-            *(x.split(ends.diff().tolist(), 2) for x in (q.transpose(1, 2), k, v)), strict=True
-        )
+        lengths = _documents(T, generator).diff().tolist() if documents else [T]
+        parts = zip(*(x.split(lengths, 2) for x in (q.transpose(1, 2), k, v)), strict=True)
         outputs = [F.scaled_dot_product_attention(*x, is_causal=True) for x in parts]
         return torch.cat(outputs, 2).transpose(1, 2)
 

@@ -11,22 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kimi_kernels import attention, latent_attention, mla, quantize_latents
 from tests.helpers import assert_as_good_as
+from tests.kernels.test_mla import NAMES, last, make, run
 
-NAMES = "o", "dq", "dlatent", "dw_kv"
 LENGTHS = [[3, 4], [0, 2, 0, 5, 1, 0], [7], [1] * 9, [70, 1, 0, 300]]
 SHAPES = [(1, 9, 9), (2, 9, 9), (2, 20, 33), (1, 300, 301)]
-
-
-def make(B, T, S, *, H=3, D_n=4, P=2, D_v=5, R=6, dtype=torch.float64, device="cpu"):
-    q, latent = torch.randn(B, T, H, D_n + P), torch.randn(B, S, R + P)
-    w_kv = torch.randn(H * (D_n + D_v), R) / R**0.5
-    return [x.to(device, dtype) for x in (q, latent, w_kv)]
-
-
-def run(op, args, do, **options):
-    leaves = [x.detach().clone().requires_grad_() for x in args]
-    o = op(*leaves, scale=0.4, **options)
-    return o.detach(), *torch.autograd.grad(o, leaves, do.to(o.dtype))
 
 
 def ends_of(lengths):
@@ -40,7 +28,7 @@ def with_masks(q, latent, w_kv, *, scale, cu_seqlens=None):
     outputs = []
     for a, b in itertools.pairwise([0, T] if cu_seqlens is None else cu_seqlens.tolist()):
         past = S - T if cu_seqlens is None else 0
-        seen = torch.arange(past, past + b - a, device=q.device).expand(q.shape[0], -1)
+        seen = last(q.shape[0], b - a, past + b - a).to(q.device)
         part = q[:, a:b], latent[:, a : past + b], w, w.shape[2], scale, seen
         with sdpa_kernel(SDPBackend.MATH):
             outputs.append(mla._expanded(*part))
@@ -56,8 +44,8 @@ def gradient_for(args):
 def check(args, **options):
     """Value and gradients against masks, in the same dtype and in fp64."""
     do = gradient_for(args)
-    got = run(latent_attention, args, do, **options)
-    ref, gold = (run(with_masks, x, do, **options) for x in (args, [x.double() for x in args]))
+    got = run(args, do, **options)
+    ref, gold = (run(x, do, with_masks, **options) for x in (args, [x.double() for x in args]))
     for name, *results in zip(NAMES, got, ref, gold, strict=True):
         assert_as_good_as(name, *results)
 
@@ -102,12 +90,12 @@ def shapes(monkeypatch):
 @pytest.mark.parametrize("B, T, S", [(1, 9, 9), (2, 65, 65)])
 def test_a_prompt_of_a_new_length(B, T, S, shapes):
     """Has the plan of another one, and zeros behind it have no part in values and gradients."""
-    check(make(B, T, S))
+    check(make(T, S, B=B))
     lengths = [[n for n, _ in found] for found in shapes]
     assert lengths[0] == [attention.planned_length(T)] * 3
     del shapes[:]
     for n in (T, T + 20):
-        latent_attention(*make(B, n, n), scale=0.4)
+        latent_attention(*make(n, n, B=B), scale=0.4)
     assert shapes[0] == shapes[1]
 
 
@@ -117,7 +105,7 @@ def test_a_prompt_of_a_new_length(B, T, S, shapes):
 )
 def test_tiles_of_few_shapes(T, S, fp8, shapes, monkeypatch):
     monkeypatch.setattr(mla, "AT_ONCE", 2 * 3 * 11 * 256)
-    q, latent, w_kv = make(2, T, S, dtype=torch.float32)
+    q, latent, w_kv = make(T, S, B=2, dtype=torch.float32)
     tokens = quantize_latents(latent, 6) if fp8 else latent
     got = latent_attention(q, tokens, w_kv, scale=0.4)
     latent = tokens.dequantize() if fp8 else latent
@@ -134,7 +122,7 @@ def test_tiles_of_few_shapes(T, S, fp8, shapes, monkeypatch):
 
 def test_tiles_of_one_shape_in_pieces_of_a_prompt(shapes):
     """Which begin at multiples of their length: no more calls than there would be otherwise."""
-    latent_attention(*make(1, 256, 1024, dtype=torch.float32), scale=0.4)
+    latent_attention(*make(256, 1024, B=1, dtype=torch.float32), scale=0.4)
     assert shapes == [(256, 256, True), (256, 512, False), (256, 256, False)]
 
 
@@ -165,7 +153,7 @@ def test_what_is_planned(flash, B, T, trains, want, takes, monkeypatch):
 
     takes(flash=flash, torch_flash=True, cudnn=True)
     monkeypatch.setattr(mla, "causal_attention", note)
-    args = [x.requires_grad_(trains) for x in make(B, T, T, dtype=torch.float32)]
+    args = [x.requires_grad_(trains) for x in make(T, T, B=B, dtype=torch.float32)]
     latent_attention(*args, scale=0.4)
     assert found == [T if flash else want]
 
@@ -204,7 +192,7 @@ def test_documents_in_groups(lengths, shapes, monkeypatch):
 
     monkeypatch.setattr(mla, "document_groups", groups)
     T = sum(lengths)
-    check(make(1, T, T), cu_seqlens=ends_of(lengths))
+    check(make(T, T, B=1), cu_seqlens=ends_of(lengths))
 
 
 @pytest.mark.parametrize("n", [40, 64])
@@ -212,7 +200,7 @@ def test_a_document_has_the_same_strides_in_every_row(n, shapes, takes):
     """cuDNN plans for shapes and strides, which takes longer than to run: not in each batch."""
     takes(cudnn=True)
     for more in (9, 300):
-        args = make(1, n + more, n + more)
+        args = make(n + more, n + more, B=1)
         latent_attention(*args, scale=0.4, cu_seqlens=ends_of([n, more]))
     assert len(shapes) == 4 and shapes[0] == shapes[2] and shapes[1] != shapes[3]
 
@@ -283,7 +271,7 @@ def flash(monkeypatch):
 
 @pytest.mark.parametrize("B, T, S", SHAPES)
 def test_flash_attends(B, T, S, flash):
-    args = make(B, T, S)
+    args = make(T, S, B=B)
     check(args)
     assert flash.calls == [(T, S, True)]
     check_without_gradient(args)
@@ -292,19 +280,19 @@ def test_flash_attends(B, T, S, flash):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_flash_attends_to_documents(lengths, flash):
     T = sum(lengths)
-    check(make(1, T, T), cu_seqlens=ends_of(lengths))
+    check(make(T, T, B=1), cu_seqlens=ends_of(lengths))
     assert flash.calls == [lengths if len(lengths) > 1 else (T, T, True)]
 
 
 def test_flash_attends_in_tiles(flash, monkeypatch):
     monkeypatch.setattr(mla, "AT_ONCE", 2 * 3 * 11 * 64)
-    check_without_gradient(make(2, 70, 333))
+    check_without_gradient(make(70, 333, B=2))
     assert flash.calls[:6] == [(64, 64, True), *[(64, 64, False)] * 4, (64, 7, False)]
 
 
 def test_a_gradient_of_the_gradient(flash):
     """flash-attn-4 would leave it out without a word, of what autograd sees give a part."""
-    args = [x.requires_grad_() for x in make(1, 9, 9)]
+    args = [x.requires_grad_() for x in make(9, 9, B=1)]
     for cu_seqlens in (None, ends_of([4, 5])):
         o = latent_attention(*args, scale=0.4, cu_seqlens=cu_seqlens)
         with pytest.raises(RuntimeError, match="gradients have no gradients"):
@@ -312,7 +300,7 @@ def test_a_gradient_of_the_gradient(flash):
 
 
 def test_deterministic_where_torch_is_told_to_be(flash):
-    args = make(1, 9, 9)
+    args = make(9, 9, B=1)
     for wanted in (False, True):
         torch.use_deterministic_algorithms(wanted)
         try:

@@ -4,21 +4,15 @@ import pytest
 import torch
 
 from kimi_kernels import attention, latent_attention
-from tests.kernels.test_attention import (
-    check,
-    check_without_gradient,
-    ends_of,
-    gradient_for,
-    make,
-    run,
-)
+from tests.kernels.test_attention import check, check_without_gradient, ends_of, gradient_for
+from tests.kernels.test_mla import make, make_on_gpu, run
 
 pytestmark = pytest.mark.gpu
 HAS_CUDNN = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def released(B, T, S, dtype=torch.bfloat16, H=4):
-    return make(B, T, S, H=H, D_n=128, P=64, D_v=128, R=512, dtype=dtype, device="cuda")
+    return make_on_gpu(T, S, dtype, B=B, H=H)
 
 
 @pytest.fixture(params=["flash-attn-4", "torch"])
@@ -61,10 +55,11 @@ def test_documents(lengths, dtype, library):
     ids=str,
 )
 def test_other_widths(widths, library):
-    args = make(2, 700, 700, dtype=torch.bfloat16, device="cuda", **widths)
-    check(args)
-    args = make(1, 700, 700, dtype=torch.bfloat16, device="cuda", **widths)
-    check(args, cu_seqlens=ends_of([300, 1, 399]))
+    several, one = (
+        [x.cuda() for x in make(700, 700, B=B, dtype=torch.bfloat16, **widths)] for B in (2, 1)
+    )
+    check(several)
+    check(one, cu_seqlens=ends_of([300, 1, 399]))
 
 
 def test_documents_of_one_token(library):
@@ -79,7 +74,7 @@ def test_deterministic(library):
     torch.use_deterministic_algorithms(True)
     try:
         for options in ({}, {"cu_seqlens": ends_of([1000, 2000])}):
-            found = [run(latent_attention, args, do, **options) for _ in range(2)]
+            found = [run(args, do, **options) for _ in range(2)]
             assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
